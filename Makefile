@@ -1,0 +1,54 @@
+# Everything runs in .venv, which the first target that needs it makes.
+# KERAS_BACKEND chooses the backend: tensorflow (the default), jax or torch.
+
+PYTHON ?= python3
+export KERAS_BACKEND ?= tensorflow
+# TensorFlow's start-up notes hide the progress bars.
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+bin := .venv/bin
+pip := $(bin)/python -m pip install --quiet --constraint constraints.txt
+pytest := $(bin)/python -m pytest --quiet --numprocesses 2
+
+.PHONY: help demo test test-all test-peers lint bench clean
+
+help:
+	@echo "make demo        train, save, load and generate: examples/char_lm.py"
+	@echo "make test        the tests, on one backend"
+	@echo "make test-all    the tests, on all three backends"
+	@echo "make test-peers  parity with tfm.nlp.layers"
+	@echo "make lint        ruff"
+	@echo "make bench       the layer against a dense feed-forward layer"
+
+demo: .venv/with-$(KERAS_BACKEND) .venv/with-examples
+	$(bin)/python examples/char_lm.py $(DEMO)
+
+test: .venv/with-$(KERAS_BACKEND) .venv/with-test
+	$(pytest) tests keras_moe README.md docs
+
+test-all:
+	$(MAKE) test KERAS_BACKEND=tensorflow
+	$(MAKE) test KERAS_BACKEND=jax
+	$(MAKE) test KERAS_BACKEND=torch
+
+# Model Garden without its many dependencies, of which its MoE layers use none.
+test-peers: .venv/with-tensorflow .venv/with-test
+	$(pip) --no-deps tf-keras tf-models-official
+	$(bin)/python -m pytest --quiet tests/peers
+
+lint: .venv/with-lint
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+
+bench: .venv/with-$(KERAS_BACKEND)
+	$(bin)/python benchmarks/step.py
+
+clean:
+	rm -rf .venv
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/with-%: .venv/bin/python setup.cfg constraints.txt
+	$(pip) --editable ".[$*]"
+	@touch $@

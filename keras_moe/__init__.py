@@ -1,0 +1,34 @@
+"""Mixture-of-Experts layers for Keras 3.
+
+The same letters stand for the same axes everywhere, in docstrings, comments
+and einsums:
+
+    g  groups             t  tokens per group     h  hidden size
+    e  experts            c  capacity: slots per expert and group
+    k  experts per token  f  size of an expert's inner layer
+"""
+
+from keras_moe import losses
+from keras_moe.experts import FeedForward, FeedForwardExperts
+from keras_moe.gate import Gate
+from keras_moe.metrics import LayerMetrics
+from keras_moe.moe_layer import MoeLayer, MoeLayerWithBackbone
+from keras_moe.routers import ExpertsChooseMaskedRouter, MaskedRouter, Router
+from keras_moe.routing import RouterMask, Slots
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ExpertsChooseMaskedRouter",
+    "FeedForward",
+    "FeedForwardExperts",
+    "Gate",
+    "LayerMetrics",
+    "MaskedRouter",
+    "MoeLayer",
+    "MoeLayerWithBackbone",
+    "Router",
+    "RouterMask",
+    "Slots",
+    "losses",
+]

@@ -1,0 +1,61 @@
+"""Checks of arguments: errors that say what was expected and what came."""
+
+import math
+import numbers
+
+
+def whole_number(name, value, minimum=1, maximum=None):
+    """Returns `value` as an int, or raises."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}.")
+    if value < minimum or (maximum is not None and value > maximum):
+        upper = "" if maximum is None else f" and at most {maximum}"
+        raise ValueError(
+            f"`{name}` must be at least {minimum}{upper}. Received: {name}={value}."
+        )
+    return int(value)
+
+
+def number(name, value, minimum=0.0, above=False, below=None):
+    """Returns `value` as a finite float, or raises.
+
+    Args:
+        name: the argument's name.
+        value: what was received.
+        minimum: the least it may be.
+        above: whether it must be more than `minimum`.
+        below: what it must be less than, or `None`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}.")
+    value = float(value)
+    fits = value > minimum if above else value >= minimum
+    if not (fits and math.isfinite(value) and (below is None or value < below)):
+        lower = "more than" if above else "at least"
+        upper = "finite" if below is None else f"less than {below:g}"
+        raise ValueError(
+            f"`{name}` must be {lower} {minimum:g} and {upper}. "
+            f"Received: {name}={value!r}."
+        )
+    return value
+
+
+def boolean(name, value):
+    """Returns `value` if it is a bool, or raises."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be a bool. Received: {name}={value!r}.")
+    return value
+
+
+def examples_per_group(value):
+    """Returns a whole number, one over a whole number, or `None`, or raises."""
+    if value is None:
+        return None
+    value = number("examples_per_group", value, above=True)
+    whole = value if value >= 1 else 1 / value
+    if abs(whole - round(whole)) > 1e-6 * whole:
+        raise ValueError(
+            "`examples_per_group` must be a whole number, one over a whole number, "
+            f"or None. Received: examples_per_group={value!r}."
+        )
+    return value

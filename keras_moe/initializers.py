@@ -1,0 +1,19 @@
+"""Initializers: the default, and copies for several weights."""
+
+import keras
+
+serialize = keras.initializers.serialize
+
+
+def get(initializer):
+    """The initializer; `TruncatedNormal(stddev=0.02)` for `None`."""
+    if initializer is None:
+        return keras.initializers.TruncatedNormal(stddev=0.02)
+    return keras.initializers.get(initializer)
+
+
+def clone(initializer):
+    """A copy for another weight: one object draws the same values again."""
+    if isinstance(initializer, keras.initializers.Initializer):
+        return initializer.clone()
+    return initializer

@@ -1,0 +1,204 @@
+"""What is looked at: routing statistics, and `add_metric` for Keras 3 layers."""
+
+import keras
+from keras import ops
+
+
+def routing_statistics(routing, valid):
+    """How a routing used its experts, as float32 scalars.
+
+    Args:
+        routing: `Slots` or `RouterMask`.
+        valid: float32 scalar, the number of tokens that are not masked.
+
+    Returns:
+        A dict:
+        `fraction_tokens_left_behind`, the share of valid tokens without any
+        slot; `router_confidence`, the mean combine weight of a filled slot;
+        `expert_usage`, the share of slots that are filled. Each is 0 where
+        there is nothing to take the share of.
+    """
+    filled = routing.assignments  # g e c
+    total = ops.sum(filled)
+    served = ops.sum(ops.cast(routing.slots_per_token > 0, "float32"))
+    return {
+        "fraction_tokens_left_behind": _share(valid - served, valid),
+        "router_confidence": _share(ops.sum(routing.weight), total),
+        "expert_usage": ops.mean(filled),
+    }
+
+
+def _share(part, whole):
+    return part / ops.maximum(whole, 1.0)
+
+
+class LayerMetrics:
+    """Gives `add_metric` back to a Keras 3 layer. A mixin.
+
+    Put it before the layer class. What `call` hands to `add_metric` is
+    averaged over the batches of an epoch, and stands in the progress bar, in
+    the history of `fit` (`val_` too) and in `evaluate(return_dict=True)` under
+    `<layer path>/<name>`, on every backend:
+
+    ```python
+    class Scale(keras_moe.LayerMetrics, keras.layers.Layer):
+        def call(self, inputs):
+            self.add_metric(keras.ops.mean(keras.ops.abs(inputs)), "magnitude")
+            return inputs
+    ```
+
+    The running sums are state of the layer, but no weights: they stand neither
+    in `weights`, nor in `count_params()`, nor in a saved file.
+
+    Args:
+        *args: forwarded to the layer class.
+        export_metrics: `True`, `False` (`add_metric` then does nothing), or a
+            tuple of the names to keep.
+        **kwargs: forwarded to the layer class.
+
+    Raises:
+        TypeError: if `export_metrics` is something else.
+    """
+
+    def __init__(self, *args, export_metrics=True, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not isinstance(export_metrics, bool):
+            if isinstance(export_metrics, str) or not all(
+                isinstance(name, str) for name in export_metrics
+            ):
+                raise TypeError(
+                    "`export_metrics` must be True, False, or a tuple of names. "
+                    f"Received: export_metrics={export_metrics!r}."
+                )
+            export_metrics = tuple(export_metrics)
+        self.export_metrics = export_metrics
+        self._running_means = _RunningMeans() if export_metrics else None
+
+    def add_metric(self, value, name):
+        """Averages a scalar over the epoch, under the layer's path.
+
+        Args:
+            value: a scalar.
+            name: a string; a name given again is the same metric.
+        """
+        self.add_metrics({name: value})
+
+    def add_metrics(self, values):
+        """`add_metric` for a dict of several, in one update.
+
+        Args:
+            values: a dict of names to scalars.
+        """
+        if not self.export_metrics:
+            return
+        if self.export_metrics is not True:
+            values = {n: v for n, v in values.items() if n in self.export_metrics}
+        if values:
+            self._running_means.update(values, self.metrics_prefix)
+
+    @property
+    def metrics_prefix(self):
+        """What stands before a metric's name: the layer's path."""
+        return self.path
+
+    @property
+    def metrics(self):
+        return super().metrics + (
+            self._running_means.views if self.export_metrics else []
+        )
+
+    @property
+    def variables(self):
+        # Backends that are given a model's state, as JAX is, find it here.
+        state = [self._running_means.state] if self.export_metrics else []
+        return super().variables + state
+
+
+class _RunningMeans:
+    """Sums and counts of named values, in one variable.
+
+    It is a plain object, so that Keras takes the variable for no weight. The
+    variable has room for metrics that are first named while a step is being
+    compiled, when it is too late for a new variable.
+    """
+
+    room = 32
+
+    def __init__(self):
+        # Made from an initializer, not an array, so that a layer may be made
+        # while another is built symbolically; never autocast, as bfloat16 does
+        # not count beyond 256.
+        self.state = keras.Variable(
+            initializer="zeros",
+            shape=(2, self.room),
+            dtype="float32",
+            trainable=False,
+            autocast=False,
+            aggregation="sum",
+            name="running_means",
+        )
+        self.views = []
+        self._columns = {}
+        self._traced = None
+
+    def update(self, values, prefix):
+        for name in values:
+            if name not in self._columns:
+                self._add_column(name, prefix)
+        nothing = ops.zeros((), dtype="float32")
+        sums = [nothing] * self.room
+        counts = [0.0] * self.room
+        for name, value in values.items():
+            value = ops.cast(ops.convert_to_tensor(value), "float32")
+            sums[self._columns[name]] = ops.stop_gradient(value)
+            counts[self._columns[name]] = 1.0
+        counts = ops.convert_to_tensor(counts, dtype="float32")
+        self.state.assign_add(ops.stack([ops.stack(sums), counts]))
+        # A compiled JAX step asks for results before the variable has its new
+        # value; this is that value, as long as the step is being traced.
+        self._traced = ops.stop_gradient(ops.convert_to_tensor(self.state))
+
+    def result(self, column):
+        for state in (self._traced, self.state):
+            try:
+                total, count = state[0, column], state[1, column]
+                return total / ops.maximum(count, 1.0)
+            except (TypeError, ValueError):
+                # None yet, or of a trace that has ended.
+                continue
+        # Keeps the key in the logs; Keras fills in the value after the epoch.
+        return float("nan")
+
+    def reset(self, column):
+        self._traced = None
+        kept = ops.arange(self.room) != column
+        state = ops.convert_to_tensor(self.state)
+        self.state.assign(ops.where(kept, state, 0.0))
+
+    def _add_column(self, name, prefix):
+        column = len(self._columns)
+        if column == self.room:
+            raise ValueError(
+                f"A layer has room for {self.room} metrics. "
+                f"Received one more: name={name!r}."
+            )
+        self._columns[name] = column
+        self.views.append(_View(self, column, name=f"{prefix}/{name}"))
+
+
+class _View(keras.metrics.Metric):
+    """One mean of `_RunningMeans`, as a metric without variables."""
+
+    def __init__(self, means, column, name):
+        super().__init__(name=name)
+        self._result = lambda: means.result(column)
+        self._reset = lambda: means.reset(column)
+
+    def update_state(self, value):
+        raise NotImplementedError("`add_metric` in the layer's `call` updates it.")
+
+    def result(self):
+        return self._result()
+
+    def reset_state(self):
+        self._reset()

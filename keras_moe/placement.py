@@ -1,0 +1,100 @@
+"""Placing: who gets the slots of an expert."""
+
+from keras import ops
+
+from keras_moe.kernels import scatter_add_rows
+from keras_moe.routing import Slots
+from keras_moe.selection import finite, valid_tokens
+
+
+def place(selection, probs, expert_capacity):
+    """Tokens take slots in the experts they want, until these are full.
+
+    All first choices come before all second choices, and of the same choice
+    the earlier token comes first; what finds its expert full is dropped.
+
+    Args:
+        selection: a `Selection`, `[g, t, k]`.
+        probs: float32 `[g, t, e]`, all zero for a masked token.
+        expert_capacity: `c`, an int or a scalar int32 tensor.
+
+    Returns:
+        `Slots`.
+    """
+    _, tokens, k = ops.shape(selection.expert_index)
+    num_experts = probs.shape[-1]
+    # One row a group, in order of priority: [g, k·t].
+    wanted = _by_priority(selection.expert_index)
+    weight = _by_priority(selection.weight)
+    # Sorted by expert, each expert's assignments are a run in that order; the
+    # sort is stable on every backend. Masked ones (-1) come first.
+    order = ops.argsort(wanted, axis=-1)
+    counts = _counts(wanted, num_experts)  # g e
+    masked = tokens * k - ops.sum(counts, axis=-1, keepdims=True)
+    start = masked + ops.cumsum(counts, axis=-1) - counts
+    slot = ops.arange(expert_capacity)
+    filled = slot < ops.expand_dims(counts, -1)  # g e c
+    rank = ops.where(filled, ops.expand_dims(start, -1) + slot, 0)
+    assignment = _take(order, rank)
+    return Slots(
+        token_index=ops.where(filled, assignment % tokens, -1),
+        weight=ops.where(filled, _take(weight, assignment), 0.0),
+        probs=probs,
+        load=_shares(counts),
+    )
+
+
+def experts_choose(probs, expert_capacity):
+    """Each expert takes its best `c` tokens of the group.
+
+    Of equal tokens it takes the earlier one. Masked tokens are not taken: an
+    expert that runs out of valid tokens leaves slots empty.
+
+    Args:
+        probs: float32 `[g, t, e]`, all zero for a masked token.
+        expert_capacity: `c`, an int or a scalar int32 tensor, at most `t`.
+
+    Returns:
+        `Slots`.
+    """
+    valid = valid_tokens(probs)
+    scores = ops.where(ops.expand_dims(valid, -1), finite(probs), -1.0)
+    scores = ops.transpose(ops.stop_gradient(scores), (0, 2, 1))  # g e t
+    token = ops.argsort(-scores, axis=-1)[..., :expert_capacity]  # g e c
+    filled = ops.take_along_axis(scores, token, axis=-1) >= 0
+    weight = ops.take_along_axis(ops.transpose(probs, (0, 2, 1)), token, axis=-1)
+    return Slots(
+        token_index=ops.where(filled, token, -1),
+        weight=ops.where(filled, weight, 0.0),
+        probs=probs,
+        load=_shares(ops.sum(ops.cast(filled, "int32"), axis=-1)),
+    )
+
+
+def _by_priority(x):
+    """`[g, t, k]` to `[g, k·t]`: first choices first, earlier tokens first."""
+    groups, tokens, k = ops.shape(x)
+    return ops.reshape(ops.transpose(x, (0, 2, 1)), (groups, k * tokens))
+
+
+def _take(row, index):
+    """`row[g, index[g, e, c]]`."""
+    groups, experts, slots = ops.shape(index)
+    flat = ops.reshape(index, (groups, experts * slots))
+    return ops.reshape(ops.take_along_axis(row, flat, axis=1), (groups, experts, slots))
+
+
+def _counts(index, num_experts):
+    """How often each expert stands in each row: `[g, n]` to int32 `[g, e]`."""
+    groups, length = ops.shape(index)
+    first = ops.expand_dims(ops.arange(groups, dtype="int32") * num_experts, -1)
+    flat = ops.reshape(ops.where(index >= 0, first + index, -1), (-1,))
+    ones = ops.ones((groups * length,), dtype="float32")
+    counts = scatter_add_rows(ones, flat, groups * num_experts)
+    return ops.cast(ops.reshape(counts, (groups, num_experts)), "int32")
+
+
+def _shares(counts):
+    """Counts `[g, e]` as shares of their group, 0 in an empty group."""
+    counts = ops.cast(counts, "float32")
+    return counts / ops.maximum(ops.sum(counts, axis=-1, keepdims=True), 1.0)

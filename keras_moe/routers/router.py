@@ -1,0 +1,171 @@
+"""The router every router is: a gate, a choice, and what is said about it."""
+
+import keras
+from keras import ops
+
+from keras_moe import checks, initializers
+from keras_moe.gate import Gate
+from keras_moe.losses import router_z_loss
+from keras_moe.metrics import LayerMetrics, routing_statistics
+
+
+class Router(LayerMetrics, keras.layers.Layer):
+    """Abstract: decides which tokens go to which experts.
+
+    A subclass says how in `compute_routing`; gate, losses and metrics are
+    here. Everything is float32, whatever the dtype policy.
+
+    Args:
+        num_experts: int, the number of experts `e`.
+        jitter_noise: float in [0, 1): noise on the gate's input in training,
+            see `Gate`.
+        use_bias: bool, whether the gate has a bias.
+        kernel_initializer: initializer of the gate's kernel;
+            `TruncatedNormal(stddev=0.02)` by default.
+        bias_initializer: initializer of the gate's bias.
+        router_z_loss_weight: float, the weight of the z-loss, which is added
+            in training and evaluation.
+        export_metrics: `True`, `False`, or a tuple of names of `metric_names`.
+        name: string.
+        **kwargs: forwarded to `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `[g, t, h]`, tokens in groups.
+        expert_capacity: int, the slots of an expert for each group.
+        mask: bool `[g, t]`, false for a token to leave out, or `None`.
+        training: bool.
+
+    Returns:
+        `Slots` or a `RouterMask`.
+    """
+
+    metric_names = (
+        "router_z_loss",
+        "unscaled_router_z_loss",
+        "load_balancing_loss",
+        "fraction_tokens_left_behind",
+        "router_confidence",
+        "expert_usage",
+    )
+    load_balancing_loss_weight = 0.0
+
+    def __init__(
+        self,
+        num_experts,
+        *,
+        jitter_noise=0.0,
+        use_bias=True,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        router_z_loss_weight=0.0,
+        export_metrics=True,
+        name="router",
+        **kwargs,
+    ):
+        super().__init__(name=name, export_metrics=export_metrics, **kwargs)
+        if not isinstance(self.export_metrics, bool):
+            unknown = set(self.export_metrics) - set(self.metric_names)
+            if unknown:
+                raise ValueError(
+                    f"`export_metrics` must name metrics of {self.metric_names}. "
+                    f"Received: {sorted(unknown)}."
+                )
+        self.router_z_loss_weight = checks.number(
+            "router_z_loss_weight", router_z_loss_weight
+        )
+        self.router_weights = Gate(
+            num_experts,
+            jitter_noise=jitter_noise,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            name="router_weights",
+        )
+        self.num_experts = self.router_weights.num_experts
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if not self.router_weights.built:
+            self.router_weights.build(input_shape)
+
+    def compute_routing(self, probs, expert_capacity, training=None):
+        """Turns probabilities into a routing. To be overridden.
+
+        Args:
+            probs: float32 `[g, t, e]`, 1 in sum for a valid token, 0 for a
+                masked one.
+            expert_capacity: int `c`, or a scalar tensor where the number of
+                tokens is not known.
+            training: bool.
+
+        Returns:
+            `Slots` or a `RouterMask`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement "
+            "`compute_routing(probs, expert_capacity, training)`."
+        )
+
+    def load_balancing_loss(self, routing):
+        """The balance loss, unweighted; 0 for a router that needs none."""
+        return ops.zeros((), dtype="float32")
+
+    def call(self, inputs, *, expert_capacity, mask=None, training=None):
+        routing, logits = self._decide(inputs, expert_capacity, mask, training)
+        self._report(routing, logits, mask)
+        return routing
+
+    def route(self, inputs, *, expert_capacity, mask=None, training=False):
+        """The routing alone: as `call`, but adds no loss and no metric."""
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return self._decide(inputs, expert_capacity, mask, training)[0]
+
+    def _decide(self, inputs, expert_capacity, mask, training):
+        probs, logits = self.router_weights(
+            inputs, training=training, return_logits=True
+        )
+        if mask is not None:
+            probs = ops.where(ops.expand_dims(mask, -1), probs, 0.0)
+        routing = self.compute_routing(probs, expert_capacity, training=training)
+        return routing, logits
+
+    def _report(self, routing, logits, mask):
+        z_loss = router_z_loss(logits, mask)
+        balance_loss = self.load_balancing_loss(routing)
+        self._add_weighted_loss(z_loss, self.router_z_loss_weight)
+        self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
+        if not self.export_metrics:
+            return
+        groups, tokens, _ = ops.shape(logits)
+        valid = groups * tokens if mask is None else ops.sum(ops.cast(mask, "float32"))
+        self.add_metrics(
+            {
+                "router_z_loss": self.router_z_loss_weight * z_loss,
+                "unscaled_router_z_loss": z_loss,
+                "load_balancing_loss": balance_loss,
+                **routing_statistics(routing, ops.cast(valid, "float32")),
+            }
+        )
+
+    def _add_weighted_loss(self, loss, weight):
+        if weight:
+            # In the dtype of the task's loss, to which Keras adds it.
+            self.add_loss(ops.cast(weight * loss, keras.config.floatx()))
+
+    @property
+    def metrics_prefix(self):
+        """The path of the MoE layer that the router is part of."""
+        return self.path.rpartition("/")[0] or self.path
+
+    def get_config(self):
+        gate = self.router_weights
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "jitter_noise": gate.jitter_noise,
+            "use_bias": gate.use_bias,
+            "kernel_initializer": initializers.serialize(gate.kernel_initializer),
+            "bias_initializer": initializers.serialize(gate.bias_initializer),
+            "router_z_loss_weight": self.router_z_loss_weight,
+            "export_metrics": self.export_metrics,
+        }

@@ -1,0 +1,95 @@
+"""The values that a router returns: where each token goes, and with what weight."""
+
+from typing import Any, NamedTuple
+
+from keras import ops
+
+from keras_moe.kernels import scatter_add_rows
+
+
+class Slots(NamedTuple):
+    """A routing with a capacity: which token sits in each slot of each expert.
+
+    Attributes:
+        token_index: int32 `[g, e, c]`, the token (of its group) that sits in
+            the slot, -1 for an empty slot.
+        weight: float32 `[g, e, c]`, the weight with which the slot's output
+            goes home to its token; 0 for an empty slot.
+        probs: float32 `[g, t, e]`, the router's probabilities: 1 in sum for a
+            valid token, 0 for a masked one.
+        load: float32 `[g, e]`, the share of the group's wanted assignments
+            that each expert has, before any capacity: 1 in sum.
+    """
+
+    token_index: Any
+    weight: Any
+    probs: Any
+    load: Any
+
+    @property
+    def dispatch_mask(self):
+        """float32 `[g, t, e, c]`: 1 where the token sits in the slot."""
+        tokens = ops.shape(self.probs)[1]
+        # One-hot of -1 is a row of zeros.
+        mask = ops.one_hot(self.token_index, tokens, dtype="float32")  # g e c t
+        return ops.transpose(mask, (0, 3, 1, 2))
+
+    @property
+    def combine_array(self):
+        """float32 `[g, t, e, c]`: `dispatch_mask` times the slot's weight."""
+        return self.dispatch_mask * ops.expand_dims(self.weight, 1)
+
+    @property
+    def assignments(self):
+        """float32 `[g, e, c]`: 1 for a filled slot, 0 for an empty one."""
+        return ops.cast(self.token_index >= 0, "float32")
+
+    @property
+    def slots_per_token(self):
+        """float32 `[g, t]`: in how many slots each token sits."""
+        groups, tokens = ops.shape(self.probs)[:2]
+        counts = scatter_add_rows(
+            ops.reshape(self.assignments, (-1,)),
+            ops.reshape(self.flat_token_index, (-1,)),
+            groups * tokens,
+        )
+        return ops.reshape(counts, (groups, tokens))
+
+    @property
+    def flat_token_index(self):
+        """int32 `[g, e, c]`: the token's index among all groups, -1 for none."""
+        groups, tokens = ops.shape(self.probs)[:2]
+        first = ops.reshape(ops.arange(groups, dtype="int32") * tokens, (-1, 1, 1))
+        return ops.where(self.token_index >= 0, first + self.token_index, -1)
+
+
+class RouterMask(NamedTuple):
+    """A routing as two dense arrays, as Model Garden's routers return it.
+
+    It costs `g · t · e · c` numbers and matrix products of as many rows, so it
+    is for routers carried over from Model Garden, for routings whose slots
+    mix tokens, and for tests.
+
+    Attributes:
+        dispatch_mask: float `[g, t, e, c]`: 1 where the token sits in the slot.
+        combine_array: float `[g, t, e, c]`: the weight with which the slot's
+            output goes home to the token.
+    """
+
+    dispatch_mask: Any
+    combine_array: Any
+
+    @property
+    def weight(self):
+        """float32 `[g, e, c]`: the combine weights, summed over the tokens."""
+        return ops.sum(ops.cast(self.combine_array, "float32"), axis=1)
+
+    @property
+    def assignments(self):
+        """float32 `[g, e, c]`: how much of each slot is filled."""
+        return ops.sum(ops.cast(self.dispatch_mask, "float32"), axis=1)
+
+    @property
+    def slots_per_token(self):
+        """float32 `[g, t]`: in how many slots each token sits."""
+        return ops.sum(ops.cast(self.dispatch_mask, "float32"), axis=(2, 3))
