@@ -54,6 +54,7 @@ def combine(outputs, routing):
     if isinstance(routing, Slots):
         groups, t, _ = ops.shape(routing.probs)
         weight = ops.reshape(_expert_major(routing.weight), (-1, 1))
+        weight = ops.cast(weight, outputs.dtype)
         rows = ops.reshape(outputs, (experts * slots, hidden)) * weight
         index = _expert_major(routing.flat_token_index)
         results = scatter_add_rows(rows, index, groups * t)

@@ -53,6 +53,8 @@ class _FeedForward(keras.layers.Layer):
     def build(self, input_shape):
         hidden = input_shape[-1]
         self.output_layer = self._dense(hidden, name="output")
+        # Made only now, it was not there when the layer was frozen.
+        self.output_layer.trainable = self.trainable
         self.intermediate_layer.build(input_shape)
         self.output_layer.build((*input_shape[:-1], self.d_ff))
 

@@ -63,7 +63,7 @@ class LayerMetrics:
     def __init__(self, *args, export_metrics=True, **kwargs):
         super().__init__(*args, **kwargs)
         if not isinstance(export_metrics, bool):
-            if isinstance(export_metrics, str) or not all(
+            if not isinstance(export_metrics, (tuple, list)) or not all(
                 isinstance(name, str) for name in export_metrics
             ):
                 raise TypeError(

@@ -101,6 +101,7 @@ class MoeLayer(keras.layers.Layer):
     def build(self, input_shape):
         self._check_input_shape(input_shape)
         hidden = input_shape[-1]
+        self.input_spec = keras.InputSpec(min_ndim=2, axes={-1: hidden})
         if not self.router.built:
             self.router.build((None, None, hidden))
         # A symbolic call builds any layer, with or without a `build`.
@@ -166,11 +167,8 @@ class MoeLayer(keras.layers.Layer):
         return losses.load_balancing_loss(routing.probs, routing.load)
 
     def _group(self, inputs, mask):
-        if mask is not None and tuple(mask.shape) != tuple(inputs.shape[:-1]):
-            raise ValueError(
-                "`mask` must have the shape of the inputs without the last axis. "
-                f"Received: mask of {tuple(mask.shape)} for {tuple(inputs.shape)}."
-            )
+        self._check_input_shape(inputs.shape)
+        _check_mask_shape(mask, inputs)
         return group(inputs, mask, self.examples_per_group)
 
     def _expert_capacity(self, tokens, training):
@@ -206,6 +204,17 @@ class MoeLayer(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    def compute_output_spec(
+        self, inputs, mask=None, training=None, return_routing=False
+    ):
+        _check_mask_shape(mask, inputs)
+        if return_routing:
+            # The routing's shapes follow from running the layer on no data.
+            return keras.Operation.compute_output_spec(
+                self, inputs, mask=mask, training=training, return_routing=True
+            )
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def get_config(self):
         return {
@@ -324,6 +333,19 @@ def _check_parts(experts, router):
         raise ValueError(
             "`experts` and `router` must have the same number of experts. "
             f"Received: {experts.num_experts} and {router.num_experts}."
+        )
+
+
+def _check_mask_shape(mask, inputs):
+    if mask is None:
+        return
+    received, expected = tuple(mask.shape), tuple(inputs.shape[:-1])
+    if len(received) != len(expected) or any(
+        r != e for r, e in zip(received, expected, strict=True) if None not in (r, e)
+    ):
+        raise ValueError(
+            "`mask` must have the shape of the inputs without the last axis, "
+            f"{expected}. Received: a mask of shape {received}."
         )
 
 

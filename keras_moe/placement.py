@@ -32,7 +32,7 @@ def place(selection, probs, expert_capacity):
     counts = _counts(wanted, num_experts)  # g e
     masked = tokens * k - ops.sum(counts, axis=-1, keepdims=True)
     start = masked + ops.cumsum(counts, axis=-1) - counts
-    slot = ops.arange(expert_capacity)
+    slot = ops.arange(expert_capacity, dtype="int32")
     filled = slot < ops.expand_dims(counts, -1)  # g e c
     rank = ops.where(filled, ops.expand_dims(start, -1) + slot, 0)
     assignment = _take(order, rank)

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+from gradients import gradients
+from keras import ops
+
+from keras_moe.losses import load_balancing_loss, router_z_loss
+
+
+def balance(probs, load):
+    return float(
+        load_balancing_loss(
+            ops.convert_to_tensor(np.array(probs, "float32")),
+            ops.convert_to_tensor(np.array(load, "float32")),
+        )
+    )
+
+
+def test_balance_loss_is_1_at_balance():
+    assert balance(np.full((2, 6, 4), 0.25), np.full((2, 4), 0.25)) == 1.0
+
+
+def test_balance_loss_is_e_when_all_goes_to_one_expert():
+    probs = np.zeros((1, 6, 4))
+    probs[..., 2] = 1
+    assert balance(probs, [[0, 0, 1, 0]]) == 4.0
+
+
+def test_balance_loss_is_0_without_tokens():
+    assert balance(np.zeros((1, 6, 4)), np.zeros((1, 4))) == 0.0
+
+
+def test_groups_count_by_their_valid_tokens():
+    # Three tokens in a collapsed group, one in another that is balanced.
+    probs = [[[1, 0], [1, 0], [1, 0]], [[0.5, 0.5], [0, 0], [0, 0]]]
+    load = [[1, 0], [0.5, 0.5]]
+    assert balance(probs, load) == pytest.approx((3 * 2 + 1 * 1) / 4)
+
+
+def test_the_gradient_of_the_balance_loss_is_that_of_the_mean_probability():
+    probs = np.full((1, 4, 2), 0.5, "float32")
+    load = np.array([[0.75, 0.25]], "float32")
+    found, of_load = gradients(load_balancing_loss, probs, load)
+    expected = np.tile(2 * load[0] / 4, (4, 1))[None]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert not of_load.any()
+
+
+def test_z_loss():
+    logits = ops.convert_to_tensor(np.log([[[1.0, 1.0], [2.0, 6.0]]]).astype("float32"))
+    expected = (np.log(2) ** 2 + np.log(8) ** 2) / 2
+    assert float(router_z_loss(logits)) == pytest.approx(expected)
+    mask = ops.convert_to_tensor(np.array([[True, False]]))
+    assert float(router_z_loss(logits, mask)) == pytest.approx(np.log(2) ** 2)
+    nothing = ops.convert_to_tensor(np.array([[False, False]]))
+    assert float(router_z_loss(logits, nothing)) == 0.0

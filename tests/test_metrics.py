@@ -1,0 +1,262 @@
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_moe import LayerMetrics, RouterMask, Slots
+from keras_moe.metrics import routing_statistics
+
+
+def test_routing_statistics_of_a_table():
+    # Four valid tokens and a masked one; token 3 is left behind.
+    slots = Slots(
+        token_index=np.array([[[0, 1], [1, -1], [2, -1]]], "int32"),
+        weight=np.array([[[0.5, 0.3], [0.2, 0], [0.4, 0]]], "float32"),
+        probs=np.zeros((1, 5, 3), "float32"),
+        load=np.zeros((1, 3), "float32"),
+    )
+    slots = Slots(*(ops.convert_to_tensor(part) for part in slots))
+    for routing in (slots, RouterMask(slots.dispatch_mask, slots.combine_array)):
+        statistics = routing_statistics(routing, ops.convert_to_tensor(4.0))
+        values = {name: float(value) for name, value in statistics.items()}
+        assert values == pytest.approx(
+            {
+                "fraction_tokens_left_behind": 1 / 4,
+                "router_confidence": 1.4 / 4,
+                "expert_usage": 4 / 6,
+            }
+        )
+
+
+def test_statistics_of_no_tokens_are_0():
+    slots = Slots(
+        *(
+            ops.convert_to_tensor(part)
+            for part in (
+                np.full((1, 2, 3), -1, "int32"),
+                np.zeros((1, 2, 3), "float32"),
+                np.zeros((1, 4, 2), "float32"),
+                np.zeros((1, 2), "float32"),
+            )
+        )
+    )
+    statistics = routing_statistics(slots, ops.convert_to_tensor(0.0))
+    assert all(float(value) == 0 for value in statistics.values())
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Watched(LayerMetrics, keras.layers.Layer):
+    """Reports the sum of its inputs, and with `twice` also its double."""
+
+    def __init__(self, twice=False, **kwargs):
+        super().__init__(**kwargs)
+        self.twice = twice
+
+    def call(self, inputs):
+        total = ops.sum(inputs)
+        self.add_metric(total, "total")
+        if self.twice:
+            self.add_metric(2 * total, "double")
+        return inputs
+
+
+def make_model(*layers, compiled=True, **arguments):
+    inputs = keras.Input((2,))
+    x = inputs
+    for layer in layers:
+        x = layer(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="dense")(x))
+    if compiled:
+        model.compile("sgd", "mse", **arguments)
+    return model
+
+
+# Batches of two rows with sums 10, 26 and 42.
+X = np.arange(12, dtype="float32").reshape(6, 2) / 1.0
+SUMS = [X[:2].sum(), X[2:4].sum(), X[4:].sum()]
+ARGUMENTS = [{}, {"run_eagerly": True}, {"jit_compile": True}]
+if keras.backend.backend() == "torch":
+    ARGUMENTS.pop()
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_the_history_holds_the_mean_over_batches(arguments):
+    model = make_model(Watched(name="a"), Watched(True, name="b"), **arguments)
+    history = model.fit(
+        X,
+        X,
+        batch_size=2,
+        epochs=2,
+        shuffle=False,
+        validation_data=(X[:2], X[:2]),
+        verbose=0,
+    ).history
+    mean = np.mean(SUMS)
+    assert history["a/total"] == pytest.approx([mean, mean])
+    assert history["b/double"] == pytest.approx([2 * mean, 2 * mean])
+    assert history["val_b/total"] == pytest.approx([SUMS[0]] * 2)
+    logs = model.evaluate(X[2:4], X[2:4], verbose=0, return_dict=True)
+    assert logs["a/total"] == pytest.approx(SUMS[1])
+
+
+@pytest.mark.parametrize("arguments", ARGUMENTS)
+def test_values_are_live_in_train_on_batch(arguments):
+    model = make_model(Watched(name="a"), **arguments)
+    for i in range(3):
+        batch = X[2 * i : 2 * i + 2]
+        logs = model.train_on_batch(batch, batch, return_dict=True)
+        # Keras starts anew for each `train_on_batch`.
+        assert logs["a/total"] == pytest.approx(SUMS[i])
+    logs = model.test_on_batch(X[:2], X[:2], return_dict=True)
+    assert logs["a/total"] == pytest.approx(SUMS[0])
+
+
+def test_values_are_live_in_the_progress_bar():
+    seen = []
+    model = make_model(Watched(name="a"))
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(logs["a/total"]))
+    )
+    model.fit(X, X, batch_size=2, shuffle=False, verbose=0, callbacks=[watch])
+    assert seen == pytest.approx([np.mean(SUMS[: i + 1]) for i in range(3)])
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="Keras's PyTorch trainer takes no steps_per_execution",
+)
+def test_several_steps_per_execution():
+    model = make_model(Watched(name="a"), steps_per_execution=3)
+    history = model.fit(X, X, batch_size=2, epochs=2, shuffle=False, verbose=0).history
+    assert history["a/total"] == pytest.approx([np.mean(SUMS)] * 2)
+
+
+def test_a_shared_layer_averages_over_its_calls():
+    layer = Watched(name="a")
+    a, b = keras.Input((2,)), keras.Input((2,))
+    model = keras.Model([a, b], layer(a) + layer(b))
+    model.compile("sgd", "mse")
+    logs = model.evaluate([X, 3 * X], X, batch_size=6, verbose=0, return_dict=True)
+    assert logs["a/total"] == pytest.approx(2 * X.sum())
+
+
+def test_nested_models_keep_their_layers_apart():
+    inner = make_model(Watched(name="a"), compiled=False)
+    inputs = keras.Input((2,))
+    model = keras.Model(inputs, inner(Watched(name="b")(inputs)))
+    model.compile("sgd", "mse")
+    logs = model.evaluate(X, X, batch_size=6, verbose=0, return_dict=True)
+    assert logs["a/total"] == logs["b/total"] == pytest.approx(X.sum())
+
+
+def test_a_subclassed_model():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__(name="model")
+            self.watched = Watched(name="a")
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            return self.dense(self.watched(inputs))
+
+    model = Model()
+    model.compile("sgd", "mse")
+    history = model.fit(X, X, batch_size=2, epochs=2, shuffle=False, verbose=0).history
+    assert history["model/a/total"] == pytest.approx([np.mean(SUMS)] * 2)
+
+
+def test_float64(float64):
+    model = make_model(Watched(name="a"))
+    history = model.fit(X, X, batch_size=2, shuffle=False, verbose=0).history
+    assert history["a/total"] == pytest.approx([np.mean(SUMS)])
+
+
+@pytest.mark.parametrize("policy_name", ["mixed_bfloat16", "mixed_float16"])
+def test_counting_goes_on_in_low_precision(policy, policy_name):
+    policy(policy_name)
+    model = make_model(Watched(name="a"))
+    x = np.ones((600, 2), "float32")
+    model.compile("sgd", "mse")
+    history = model.fit(x, x, batch_size=2, verbose=0).history
+    assert history["a/total"] == pytest.approx([4.0])
+
+
+def test_the_state_is_no_weight(tmp_path):
+    layer = Watched(name="a")
+    model = make_model(layer)
+    model.fit(X, X, verbose=0)
+    assert layer.weights == [] and layer.count_params() == 0
+    assert len(layer.variables) == 1
+    assert len(model.weights) == 2
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert float(loaded.get_layer("a").variables[0][1, 0]) == 0
+    model.save_weights(tmp_path / "model.weights.h5")
+    plain = make_model(keras.layers.Activation("linear"))
+    plain.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_loaded_and_cloned_models_report_alike(tmp_path):
+    model = make_model(Watched(name="a"), Watched(name="b"))
+    model.fit(X, X, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    clone = keras.models.clone_model(model)
+    clone.compile("sgd", "mse")
+    for other in (loaded, clone):
+        logs = other.evaluate(X, X, batch_size=6, verbose=0, return_dict=True)
+        assert logs["a/total"] == logs["b/total"] == pytest.approx(X.sum())
+
+
+def test_a_nan_spoils_only_its_own_metric():
+    class Spoilt(LayerMetrics, keras.layers.Layer):
+        def call(self, inputs):
+            self.add_metrics({"nan": ops.sum(inputs) * float("nan"), "one": 1.0})
+            return inputs
+
+    model = make_model(Spoilt(name="a"))
+    logs = model.evaluate(X, X, verbose=0, return_dict=True)
+    assert np.isnan(logs["a/nan"]) and logs["a/one"] == 1
+    model.reset_metrics()
+    assert all(float(m.result()) == 0 for m in model.get_layer("a").metrics)
+
+
+def test_one_metric_can_be_reset_alone():
+    layer = Watched(True, name="a")
+    layer(X)
+    layer.metrics[0].reset_state()
+    assert [float(m.result()) for m in layer.metrics] == [0, 2 * X.sum()]
+
+
+def test_stateless_call_leaves_the_layer_as_it_was():
+    if keras.backend.backend() != "jax":
+        pytest.skip("stateless_call is JAX's way to call a layer")
+    layer = Watched(name="a")
+    layer.build((None, 2))
+    _, variables = layer.stateless_call([], layer.non_trainable_variables, X)
+    assert float(variables[0][0, 0]) == pytest.approx(X.sum())
+    assert float(layer.variables[0][0, 0]) == 0
+
+
+def test_room_for_one_more_than_there_is():
+    class Many(LayerMetrics, keras.layers.Layer):
+        def call(self, inputs):
+            for i in range(33):
+                self.add_metric(1.0, f"metric_{i}")
+            return inputs
+
+    with pytest.raises(ValueError, match=r"room for 32 metrics.*'metric_32'"):
+        Many()(X)
+
+
+def test_views_are_not_updated_by_hand():
+    layer = Watched(name="a")
+    layer(X)
+    with pytest.raises(NotImplementedError, match="`add_metric`"):
+        layer.metrics[0].update_state(1.0)
+
+
+@pytest.mark.parametrize("value", [1, "name", (1, 2), None])
+def test_bad_export_metrics(value):
+    with pytest.raises(TypeError, match="`export_metrics` must be"):
+        Watched(export_metrics=value)

@@ -1,0 +1,102 @@
+import numpy as np
+import oracle
+import pytest
+from keras import ops
+
+from keras_moe.placement import experts_choose, place
+from keras_moe.selection import top_k
+
+
+def numpy_slots(slots):
+    return type(slots)(*(ops.convert_to_numpy(part) for part in slots))
+
+
+def tokens_choose(probs, k, c, normalize=False):
+    probs = ops.convert_to_tensor(np.asarray(probs, "float32"))
+    return numpy_slots(place(top_k(probs, k, normalize), probs, c))
+
+
+def choose(probs, c):
+    probs = ops.convert_to_tensor(np.asarray(probs, "float32"))
+    return numpy_slots(experts_choose(probs, c))
+
+
+THREE_TOKENS = [[[0.7, 0.2, 0.1], [0.6, 0.3, 0.1], [0.5, 0.1, 0.4]]]
+
+
+def test_one_choice_a_table():
+    # All want expert 0, which has two slots.
+    slots = tokens_choose(THREE_TOKENS, 1, 2)
+    np.testing.assert_array_equal(slots.token_index, [[[0, 1], [-1, -1], [-1, -1]]])
+    np.testing.assert_allclose(slots.weight, [[[0.7, 0.6], [0, 0], [0, 0]]])
+    np.testing.assert_allclose(slots.load, [[1, 0, 0]])
+
+
+def test_two_choices_a_table():
+    # Second choices: tokens 0 and 1 want expert 1, token 2 wants expert 2.
+    slots = tokens_choose(THREE_TOKENS, 2, 2)
+    np.testing.assert_array_equal(slots.token_index, [[[0, 1], [0, 1], [2, -1]]])
+    np.testing.assert_allclose(slots.weight, [[[0.7, 0.6], [0.2, 0.3], [0.4, 0]]])
+    np.testing.assert_allclose(slots.load, [[3 / 6, 2 / 6, 1 / 6]])
+
+
+def test_first_choices_come_before_second_choices():
+    # Token 0's second choice is the first choice of tokens 1 and 2.
+    probs = [[[0.6, 0.4], [0.1, 0.9], [0.2, 0.8]]]
+    slots = tokens_choose(probs, 2, 2)
+    np.testing.assert_array_equal(slots.token_index, [[[0, 1], [1, 2]]])
+
+
+def test_masked_tokens_take_no_slot_and_an_empty_group_has_no_load():
+    probs = [[[0.0, 0.0], [0.9, 0.1]], [[0.0, 0.0], [0.0, 0.0]]]
+    slots = tokens_choose(probs, 1, 2)
+    np.testing.assert_array_equal(
+        slots.token_index, [[[1, -1], [-1, -1]], [[-1, -1], [-1, -1]]]
+    )
+    np.testing.assert_allclose(slots.load, [[1, 0], [0, 0]])
+    slots = choose(probs, 2)
+    np.testing.assert_array_equal(
+        slots.token_index, [[[1, -1], [1, -1]], [[-1, -1], [-1, -1]]]
+    )
+    np.testing.assert_allclose(slots.weight, [[[0.9, 0], [0.1, 0]], [[0, 0], [0, 0]]])
+
+
+def test_experts_choose_a_table():
+    slots = choose(THREE_TOKENS, 1)
+    np.testing.assert_array_equal(slots.token_index, [[[0], [1], [2]]])
+    np.testing.assert_allclose(slots.weight, [[[0.7], [0.3], [0.4]]])
+    np.testing.assert_allclose(slots.load, [[1 / 3] * 3])
+
+
+def test_a_nan_token_takes_nobody_s_place():
+    probs = np.array(THREE_TOKENS)
+    probs[0, 0] = np.nan
+    slots = tokens_choose(probs, 1, 3)
+    np.testing.assert_array_equal(slots.token_index[0, 0], [0, 1, 2])
+    np.testing.assert_allclose(slots.weight[0, 0], [np.nan, 0.6, 0.5])
+    np.testing.assert_array_equal(choose(probs, 2).token_index[0, 0], [1, 2])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, None])
+@pytest.mark.parametrize("c", [1, 3, 17])
+@pytest.mark.parametrize("ties", [False, True])
+def test_against_the_oracle(k, c, ties, rng):
+    g, t, e = 4, 17, 5
+    if ties:
+        probs = rng.integers(1, 4, size=(g, t, e)) / 16
+    else:
+        probs = oracle.softmax(rng.normal(size=(g, t, e)))
+    probs = probs.astype("float32")
+    valid = rng.random((g, t)) < 0.8
+    valid[2] = False
+    probs[~valid] = 0
+    slots = choose(probs, c) if k is None else tokens_choose(probs, k, c)
+    for i in range(g):
+        if k is None:
+            expected, counts = oracle.experts_choose(probs[i], valid[i], c)
+        else:
+            expected, counts = oracle.tokens_choose(probs[i], valid[i], k, c)
+        index, weight = oracle.as_arrays(expected, c)
+        np.testing.assert_array_equal(slots.token_index[i], index)
+        np.testing.assert_allclose(slots.weight[i], weight, rtol=1e-6)
+        np.testing.assert_allclose(slots.load[i], counts / max(counts.sum(), 1))
