@@ -3,6 +3,7 @@
 Arrays are `[g, t, ...]`; a slot that holds no token holds -1.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -17,10 +18,10 @@ def groups(x, mask, examples_per_group):
     batch, length = x.shape[:2]
     tokens = [[(b, s) for s in range(length)] for b in range(batch)]
     if examples_per_group is None:
-        return [sum(tokens, [])]
+        return [list(itertools.chain(*tokens))]
     if examples_per_group >= 1:
         n = int(examples_per_group)
-        return [sum(tokens[i : i + n], []) for i in range(0, batch, n)]
+        return [list(itertools.chain(*tokens[i : i + n])) for i in range(0, batch, n)]
     parts = round(1 / examples_per_group)
     t = math.ceil(length / parts)
     return [row[i : i + t] for row in tokens for i in range(0, length, t)]
@@ -94,10 +95,10 @@ def feed_forward(x, weights, expert):
     return gelu(x @ w1 + b1[0]) @ w2 + b2[0]
 
 
-def balance_loss(probs, valid, counts):
-    """Over groups: lists of `[t, e]`, `[t]`, `[e]`."""
+def balance_loss(groups):
+    """Over groups: a list of probabilities, valid tokens and wanted counts."""
     loss, tokens = 0.0, 0
-    for p, v, n in zip(probs, valid, counts, strict=True):
+    for p, v, n in groups:
         if not any(v):
             continue
         f = n / n.sum()
@@ -148,7 +149,7 @@ def moe(x, weights, *, factor, examples_per_group=1.0, mask=None, k=None, **how)
     tokens = max(len(squares), 1)
     return outputs, {
         "unscaled_router_z_loss": sum(squares) / tokens,
-        "load_balancing_loss": 0.0 if k is None else balance_loss(*zip(*seen)),
+        "load_balancing_loss": 0.0 if k is None else balance_loss(seen),
         "fraction_tokens_left_behind": (len(squares) - served) / tokens,
         "router_confidence": confidence / max(filled, 1),
         "expert_usage": filled / slot_count,

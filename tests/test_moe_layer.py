@@ -632,7 +632,7 @@ def test_another_hidden_size():
 
 
 def test_a_backbone_needs_a_moe_layer():
-    with pytest.raises(TypeError, match="`moe` must be a `MoeLayer`.*Dense"):
+    with pytest.raises(TypeError, match=r"`moe` must be a `MoeLayer`.*Dense"):
         MoeLayerWithBackbone(keras.layers.Dense(2), 3)
     with pytest.raises(ValueError, match="backbone_d_ff=0"):
         MoeLayerWithBackbone(make_moe(), 0)

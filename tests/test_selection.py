@@ -21,7 +21,7 @@ def test_a_table():
 
 
 def test_normalized_weights_are_1_in_sum():
-    index, weight = select([[[0.5, 0.2, 0.3], [0.0, 0.0, 0.0]]], 2, normalize=True)
+    _, weight = select([[[0.5, 0.2, 0.3], [0.0, 0.0, 0.0]]], 2, normalize=True)
     np.testing.assert_allclose(weight, [[[0.625, 0.375], [0, 0]]], rtol=1e-6)
 
 
