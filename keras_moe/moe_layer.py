@@ -196,9 +196,9 @@ class MoeLayer(keras.layers.Layer):
         factor = min(self.train_capacity_factor, self.eval_capacity_factor)
         if isinstance(self.router, MaskedRouter) and factor < k:
             warnings.warn(
-                f"Each token wants {k} experts, but a capacity factor of {factor:g} "
-                "has slots for fewer even at perfect balance: some choices are "
-                f"always dropped. Use factors of at least {k}.",
+                f"A capacity factor of {factor:g} is below the number of experts that "
+                f"a token wants, {k}: some choices find no slot even at perfect "
+                f"balance. Use factors of at least {k}.",
                 stacklevel=3,
             )
 

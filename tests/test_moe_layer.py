@@ -3,7 +3,7 @@ import numpy as np
 import oracle
 import pytest
 from keras import ops
-from layer_check import call_float32, check_file, check_layer, functional
+from layer_check import check_file, check_layer, functional
 
 from keras_moe import (
     ExpertsChooseMaskedRouter,
@@ -64,13 +64,25 @@ def gate_first(layer):
     return [weights[f"{n}/{part}"] for n in names for part in ("kernel", "bias")]
 
 
+# Some tests want the drops that a small capacity gives.
+pytestmark = pytest.mark.filterwarnings("ignore:A capacity factor")
+
 # Outputs and metrics.
 
 
-@pytest.mark.filterwarnings("ignore:Each token wants")
-@pytest.mark.parametrize("k", [1, 2, None])
-@pytest.mark.parametrize("factor", [0.5, 1.25, 9.0])
-@pytest.mark.parametrize("examples", [1, 2, 1 / 3, None])
+@pytest.mark.parametrize(
+    ("k", "factor", "examples"),
+    [
+        (1, 1.25, 1),
+        (1, 0.5, 2),
+        (2, 1.25, None),
+        (2, 9.0, 1 / 3),
+        (2, 0.1, 2),
+        (None, 1.25, 1),
+        (None, 0.5, None),
+        (None, 9.0, 2),
+    ],
+)
 def test_outputs_and_metrics_are_the_oracle_s(k, factor, examples, rng):
     x = inputs(rng, 5, 8)
     mask = rng.random((5, 8)) < 0.8
@@ -368,7 +380,7 @@ def test_losses_train_the_router(rng):
 
 
 def test_unknown_lengths(rng):
-    for examples in (1, 2, 0.5, None):
+    for examples in (1, 2, None):
         layer = make_moe(examples_per_group=examples)
         x = keras.Input((None, H))
         model = keras.Model(x, layer(x))
@@ -486,7 +498,8 @@ def test_routing_does_not_change_in_low_precision(dtype, rng):
     mixed.set_weights(full.get_weights())
     for a, b in zip(full.route(x), mixed.route(x), strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
-    np.testing.assert_allclose(call_float32(mixed, x), numpy_call(full, x), atol=0.05)
+    rounded = ops.convert_to_numpy(ops.cast(mixed(x), "float32"))
+    np.testing.assert_allclose(rounded, numpy_call(full, x), atol=0.05)
 
 
 # Layers of one's own.
@@ -596,7 +609,7 @@ def test_bad_arguments(arguments, error, message):
 
 def test_a_capacity_below_k_is_warned_of():
     parts = FeedForwardExperts(E, F), MaskedRouter(E, num_selected_experts=2)
-    with pytest.warns(UserWarning, match="wants 2 experts, but a capacity factor of 1"):
+    with pytest.warns(UserWarning, match="capacity factor of 1 is below .* 2: some"):
         MoeLayer(*parts, train_capacity_factor=2.0)
 
 

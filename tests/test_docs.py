@@ -1,0 +1,59 @@
+"""The documentation: its examples run, and its links lead somewhere."""
+
+import contextlib
+import io
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# A block fenced as "python no-run" is not run. A block fenced as "text" that
+# follows a run one is what that one prints.
+EXAMPLE = re.compile(
+    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
+    re.MULTILINE | re.DOTALL,
+)
+FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+
+
+@each_file
+def test_the_examples_run(file, tmp_path, monkeypatch):
+    """The examples of a file are one program, run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    text = file.read_text(encoding="utf-8")
+    names = {"__name__": "__main__"}
+    examples = list(EXAMPLE.finditer(text))
+    assert examples
+    for example in examples:
+        # Errors then show the line of the file.
+        lines_before = "\n" * text.count("\n", 0, example.start("code"))
+        code = compile(lines_before + example["code"], file, "exec")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(code, names)
+        if example["output"] is not None:
+            assert printed.getvalue() == example["output"]
+
+
+@each_file
+def test_the_links_lead_somewhere(file):
+    text = FENCED.sub("", file.read_text(encoding="utf-8"))
+    for path, heading in LINK.findall(text):
+        if path.startswith(("https:", "http:")):
+            continue
+        target = file.parent / path if path else file
+        assert target.exists(), path
+        if heading:
+            assert heading in headings(target), f"{path}#{heading}"
+
+
+def headings(file):
+    """The headings of a file as links name them."""
+    text = FENCED.sub("", file.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
