@@ -9,20 +9,29 @@ and einsums:
 """
 
 from keras_moe import losses
-from keras_moe.experts import FeedForward, FeedForwardExperts
+from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
 from keras_moe.metrics import LayerMetrics
 from keras_moe.moe_layer import MoeLayer, MoeLayerWithBackbone
-from keras_moe.routers import ExpertsChooseMaskedRouter, MaskedRouter, Router
+from keras_moe.routers import (
+    BiasBalancedMaskedRouter,
+    ExpertsChooseMaskedRouter,
+    MaskedRouter,
+    Router,
+    TokensChooseRouter,
+    Top2MaskedRouter,
+)
 from keras_moe.routing import RouterMask, Slots
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BiasBalancedMaskedRouter",
     "ExpertsChooseMaskedRouter",
     "FeedForward",
     "FeedForwardExperts",
     "Gate",
+    "HeterogeneousExperts",
     "LayerMetrics",
     "MaskedRouter",
     "MoeLayer",
@@ -30,5 +39,7 @@ __all__ = [
     "Router",
     "RouterMask",
     "Slots",
+    "TokensChooseRouter",
+    "Top2MaskedRouter",
     "losses",
 ]

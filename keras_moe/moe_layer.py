@@ -5,12 +5,13 @@ import warnings
 import keras
 from keras import ops
 
-from keras_moe import checks, losses
+from keras_moe import checks, initializers, losses
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.experts import FeedForward
 from keras_moe.grouping import expert_capacity, group, ungroup
-from keras_moe.routers import MaskedRouter, Router
+from keras_moe.routers import Router
 from keras_moe.routing import Slots
+from keras_moe.serialization import with_parts
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -192,9 +193,9 @@ class MoeLayer(keras.layers.Layer):
             )
 
     def _warn_of_certain_drops(self):
-        k = getattr(self.router, "num_selected_experts", 1)
+        k = getattr(self.router, "num_selected_experts", 0)
         factor = min(self.train_capacity_factor, self.eval_capacity_factor)
-        if isinstance(self.router, MaskedRouter) and factor < k:
+        if factor < k:
             warnings.warn(
                 f"A capacity factor of {factor:g} is below the number of experts that "
                 f"a token wants, {k}: some choices find no slot even at perfect "
@@ -229,21 +230,25 @@ class MoeLayer(keras.layers.Layer):
 
     @classmethod
     def from_config(cls, config):
-        return cls(**_with_parts(config, "experts", "router"))
+        return cls(**with_parts(config, "experts", "router"))
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class MoeLayerWithBackbone(keras.layers.Layer):
     """A `MoeLayer` beside a small feed-forward layer for every token.
 
-    `backbone(x) + moe(x)`.
+    `backbone(x) + moe(x)`; gated, with a kernel `w` `[h, 1]`,
+    `sigmoid(x · w) * backbone(x) + moe(x)`, as Qwen's shared expert.
 
     Args:
         moe: a `MoeLayer`.
         backbone_d_ff: int, the width of the backbone's inner layer.
+        backbone_gate: bool, whether the backbone's result is gated.
         inner_dropout: see `FeedForward`, as the following.
         output_dropout: float.
         activation: name or function.
+        gated: bool.
+        use_bias: bool.
         kernel_initializer: initializer.
         bias_initializer: initializer.
         name: string.
@@ -263,9 +268,12 @@ class MoeLayerWithBackbone(keras.layers.Layer):
         moe,
         backbone_d_ff,
         *,
+        backbone_gate=False,
         inner_dropout=0.0,
         output_dropout=0.0,
         activation="gelu",
+        gated=False,
+        use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
         name=None,
@@ -282,39 +290,56 @@ class MoeLayerWithBackbone(keras.layers.Layer):
             inner_dropout=inner_dropout,
             output_dropout=output_dropout,
             activation=activation,
+            gated=gated,
+            use_bias=use_bias,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
             name="backbone",
             dtype=self.dtype_policy,
         )
+        self.backbone_gate = checks.boolean("backbone_gate", backbone_gate)
+        if backbone_gate:
+            self.backbone_gate_layer = keras.layers.Dense(
+                1,
+                activation="sigmoid",
+                use_bias=False,
+                kernel_initializer=initializers.get(kernel_initializer),
+                name="backbone_gate",
+                dtype=self.dtype_policy,
+            )
         self.supports_masking = True
 
     def build(self, input_shape):
         self.backbone.build(input_shape)
+        if self.backbone_gate:
+            self.backbone_gate_layer.build(input_shape)
         if not self.moe.built:
             self.moe.build(input_shape)
 
     def call(self, inputs, mask=None, training=None):
-        moe = self.moe(inputs, mask=mask, training=training)
-        return self.backbone(inputs, training=training) + moe
+        backbone = self.backbone(inputs, training=training)
+        if self.backbone_gate:
+            backbone = self.backbone_gate_layer(inputs) * backbone
+        return backbone + self.moe(inputs, mask=mask, training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
         backbone = self.backbone.get_config()
-        shared = ("inner_dropout", "output_dropout", "activation")
+        shared = ("inner_dropout", "output_dropout", "activation", "gated", "use_bias")
         shared += ("kernel_initializer", "bias_initializer")
         return {
             **super().get_config(),
             "moe": keras.saving.serialize_keras_object(self.moe),
             "backbone_d_ff": backbone["d_ff"],
+            "backbone_gate": self.backbone_gate,
             **{name: backbone[name] for name in shared},
         }
 
     @classmethod
     def from_config(cls, config):
-        return cls(**_with_parts(config, "moe"))
+        return cls(**with_parts(config, "moe"))
 
 
 def _check_parts(experts, router):
@@ -347,16 +372,3 @@ def _check_mask_shape(mask, inputs):
             "`mask` must have the shape of the inputs without the last axis, "
             f"{expected}. Received: a mask of shape {received}."
         )
-
-
-def _with_parts(config, *names):
-    """The config with layers in place of their configs.
-
-    The parts are built by the layer that owns them, so that their paths begin
-    with its path; what their configs say about building is left out.
-    """
-    config = dict(config)
-    for name in names:
-        part = {k: v for k, v in config[name].items() if k != "build_config"}
-        config[name] = keras.saving.deserialize_keras_object(part)
-    return config

@@ -17,8 +17,10 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     Args:
         num_experts: int, the number of experts `e`.
-        jitter_noise: float in [0, 1): noise on the gate's input in training,
-            see `Gate`.
+        hidden_layers: see `Gate`, as the three that follow.
+        mechanism: string.
+        noise_std: float.
+        jitter_noise: float.
         use_bias: bool, whether the gate has a bias.
         kernel_initializer: initializer of the gate's kernel;
             `TruncatedNormal(stddev=0.02)` by default.
@@ -53,6 +55,9 @@ class Router(LayerMetrics, keras.layers.Layer):
         self,
         num_experts,
         *,
+        hidden_layers=None,
+        mechanism="softmax",
+        noise_std=0.0,
         jitter_noise=0.0,
         use_bias=True,
         kernel_initializer=None,
@@ -75,6 +80,9 @@ class Router(LayerMetrics, keras.layers.Layer):
         )
         self.router_weights = Gate(
             num_experts,
+            hidden_layers=hidden_layers,
+            mechanism=mechanism,
+            noise_std=noise_std,
             jitter_noise=jitter_noise,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
@@ -82,6 +90,7 @@ class Router(LayerMetrics, keras.layers.Layer):
             name="router_weights",
         )
         self.num_experts = self.router_weights.num_experts
+        self.mechanism = self.router_weights.mechanism
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -92,8 +101,8 @@ class Router(LayerMetrics, keras.layers.Layer):
         """Turns probabilities into a routing. To be overridden.
 
         Args:
-            probs: float32 `[g, t, e]`, 1 in sum for a valid token, 0 for a
-                masked one.
+            probs: float32 `[g, t, e]`, what the gate says: 1 in sum for a
+                valid token (but for a `"sigmoid"` gate), 0 for a masked one.
             expert_capacity: int `c`, or a scalar tensor where the number of
                 tokens is not known.
             training: bool.
@@ -162,6 +171,9 @@ class Router(LayerMetrics, keras.layers.Layer):
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
+            "hidden_layers": gate.hidden_layers,
+            "mechanism": gate.mechanism,
+            "noise_std": gate.noise_std,
             "jitter_noise": gate.jitter_noise,
             "use_bias": gate.use_bias,
             "kernel_initializer": initializers.serialize(gate.kernel_initializer),
