@@ -1,3 +1,5 @@
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -23,8 +25,13 @@ def policy():
 
 @pytest.fixture
 def float64():
-    keras.config.set_floatx("float64")
-    keras.config.set_dtype_policy("float64")
-    yield
+    with contextlib.ExitStack() as stack:
+        if keras.backend.backend() == "jax":
+            import jax
+
+            stack.enter_context(jax.enable_x64(True))
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+        yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
