@@ -9,10 +9,11 @@ and einsums:
 """
 
 from keras_moe import losses
+from keras_moe.backbone import MoeLayerWithBackbone
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
 from keras_moe.metrics import LayerMetrics
-from keras_moe.moe_layer import MoeLayer, MoeLayerWithBackbone
+from keras_moe.moe_layer import MoeLayer
 from keras_moe.routers import (
     BiasBalancedMaskedRouter,
     ExpertsChooseMaskedRouter,
@@ -22,6 +23,7 @@ from keras_moe.routers import (
     Top2MaskedRouter,
 )
 from keras_moe.routing import RouterMask, Slots
+from keras_moe.soft_moe_layer import SoftMoeLayer
 
 __version__ = "0.1.0"
 
@@ -39,6 +41,7 @@ __all__ = [
     "Router",
     "RouterMask",
     "Slots",
+    "SoftMoeLayer",
     "TokensChooseRouter",
     "Top2MaskedRouter",
     "losses",
