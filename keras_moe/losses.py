@@ -7,7 +7,10 @@ from keras import ops
 
 
 def load_balancing_loss(probs, load):
-    """The balance loss of the Switch Transformer: 1 at balance, `e` at worst.
+    """The balance loss of the Switch Transformer.
+
+    It is 1 at balance; when all tokens are sure of the same expert it is `e`,
+    and with `k` choices `e / k`.
 
     `e · Σ_i f_i · P_i`, where `f_i` is the share of assignments that want
     expert `i` and `P_i` its mean probability, for each group; the mean over

@@ -116,7 +116,8 @@ class MoeLayer(BaseMoeLayer):
             routing: `Slots`, from `route` or from a call with `return_routing`.
 
         Returns:
-            A float32 scalar: 1 at balance, `e` at worst, 0 for no tokens.
+            A float32 scalar: 1 at balance, `e / k` when all tokens are sure of
+            the same expert, 0 for no tokens.
         """
         if not isinstance(routing, Slots):
             raise TypeError(

@@ -100,6 +100,8 @@ class Router(LayerMetrics, keras.layers.Layer):
     def compute_routing(self, probs, expert_capacity, training=None):
         """Turns probabilities into a routing. To be overridden.
 
+        It leaves no trace in the layer; metrics have their place in `report`.
+
         Args:
             probs: float32 `[g, t, e]`, what the gate says: 1 in sum for a
                 valid token (but for a `"sigmoid"` gate), 0 for a masked one.
@@ -121,7 +123,7 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     def call(self, inputs, *, expert_capacity, mask=None, training=None):
         routing, logits = self._decide(inputs, expert_capacity, mask, training)
-        self._report(routing, logits, mask)
+        self.report(routing, logits, mask)
         return routing
 
     def route(self, inputs, *, expert_capacity, mask=None, training=False):
@@ -138,7 +140,16 @@ class Router(LayerMetrics, keras.layers.Layer):
         routing = self.compute_routing(probs, expert_capacity, training=training)
         return routing, logits
 
-    def _report(self, routing, logits, mask):
+    def report(self, routing, logits, mask):
+        """Adds losses and metrics. To be extended with metrics of one's own.
+
+        `call` does it, `route` does not.
+
+        Args:
+            routing: what `compute_routing` returned.
+            logits: float32 `[g, t, e]`.
+            mask: bool `[g, t]`, or `None`.
+        """
         z_loss = router_z_loss(logits, mask)
         balance_loss = self.load_balancing_loss(routing)
         self._add_weighted_loss(z_loss, self.router_z_loss_weight)
