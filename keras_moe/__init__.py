@@ -12,6 +12,7 @@ from keras_moe import losses
 from keras_moe.backbone import MoeLayerWithBackbone
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
+from keras_moe.hierarchical_moe_layer import HierarchicalMoeLayer
 from keras_moe.metrics import LayerMetrics
 from keras_moe.moe_layer import MoeLayer
 from keras_moe.routers import (
@@ -34,6 +35,7 @@ __all__ = [
     "FeedForwardExperts",
     "Gate",
     "HeterogeneousExperts",
+    "HierarchicalMoeLayer",
     "LayerMetrics",
     "MaskedRouter",
     "MoeLayer",

@@ -92,21 +92,26 @@ class Gate(keras.layers.Layer):
             self.seed_generator = keras.random.SeedGenerator()
         self.supports_masking = True
 
+    # A gate for each entry of the inputs' third axis from the end, with a
+    # kernel `[num_gates, h, e]`; set by a layer that holds several.
+    num_gates = None
+
     def build(self, input_shape):
         width = input_shape[-1]
+        gates = () if self.num_gates is None else (self.num_gates,)
         for layer in self._hidden:
             layer.build((*input_shape[:-1], width))
             width = layer.units
         self.kernel = self.add_weight(
             name="kernel",
-            shape=(width, self.num_experts),
+            shape=(*gates, width, self.num_experts),
             initializer=initializers.clone(self.kernel_initializer),
         )
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(
                 name="bias",
-                shape=(self.num_experts,),
+                shape=(*gates, 1, self.num_experts) if gates else (self.num_experts,),
                 initializer=initializers.clone(self.bias_initializer),
             )
 

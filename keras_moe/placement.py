@@ -67,6 +67,35 @@ def place(selection, probs, expert_capacity, priority="choice"):
     )
 
 
+def compose(outer, inner):
+    """Two placements one after the other, as one.
+
+    Args:
+        outer: `Slots` of `n` groups of experts: `[g, n, c]`.
+        inner: `Slots` of the experts of each group, whose tokens are the slots
+            of `outer`: `[g·n, e, c']`.
+
+    Returns:
+        `Slots` `[g, n·e, c']`. A weight is the product of both weights; the
+        probability of a group of experts is spread evenly over them.
+    """
+    groups, n, slots = ops.shape(outer.token_index)
+    _, e, c = ops.shape(inner.token_index)
+    filled = inner.token_index >= 0
+    slot = ops.maximum(inner.token_index, 0)
+    token = _take(ops.reshape(outer.token_index, (groups * n, slots)), slot)
+    weight = _take(ops.reshape(outer.weight, (groups * n, slots)), slot)
+    shape = (groups, n * e, c)
+    filled = ops.reshape(filled, shape)
+    counts = ops.sum(ops.cast(filled, "int32"), axis=-1)
+    return Slots(
+        token_index=ops.where(filled, ops.reshape(token, shape), -1),
+        weight=ops.reshape(weight * inner.weight, shape),
+        probs=ops.repeat(outer.probs, e, axis=-1) / e,
+        load=_shares(counts),
+    )
+
+
 def wanted_load(selection, num_experts):
     """float32 `[g, e]`: the share of each expert in what the tokens want."""
     groups, tokens, k = ops.shape(selection.expert_index)

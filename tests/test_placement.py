@@ -3,7 +3,14 @@ import oracle
 import pytest
 from keras import ops
 
-from keras_moe.placement import PRIORITIES, experts_choose, place, wanted_load
+from keras_moe import Slots
+from keras_moe.placement import (
+    PRIORITIES,
+    compose,
+    experts_choose,
+    place,
+    wanted_load,
+)
 from keras_moe.selection import top_k
 
 
@@ -121,3 +128,28 @@ def test_wanted_load():
     probs = ops.convert_to_tensor(np.array(THREE_TOKENS, "float32"))
     load = wanted_load(top_k(probs, 2), 3)
     np.testing.assert_allclose(ops.convert_to_numpy(load), [[3 / 6, 2 / 6, 1 / 6]])
+
+
+def test_compose_a_table():
+    """Two groups of two experts: slots of slots, weights multiplied."""
+    outer = Slots(
+        token_index=np.array([[[3, 0], [1, -1]]], "int32"),
+        weight=np.array([[[0.5, 1.0], [0.25, 0]]], "float32"),
+        probs=np.array([[[0.5, 0.5], [0.2, 0.8], [0, 0], [1, 0]]], "float32"),
+        load=np.array([[0.5, 0.5]], "float32"),
+    )
+    inner = Slots(
+        token_index=np.array([[[1], [0]], [[0], [-1]]], "int32"),
+        weight=np.array([[[0.4], [0.6]], [[1.0], [0]]], "float32"),
+        probs=np.zeros((2, 2, 2), "float32"),
+        load=np.zeros((2, 2), "float32"),
+    )
+    outer, inner = (
+        Slots(*(ops.convert_to_tensor(part) for part in slots))
+        for slots in (outer, inner)
+    )
+    slots = numpy_slots(compose(outer, inner))
+    np.testing.assert_array_equal(slots.token_index, [[[0], [3], [1], [-1]]])
+    np.testing.assert_allclose(slots.weight, [[[0.4], [0.3], [0.25], [0]]])
+    np.testing.assert_allclose(slots.probs[0, 1], [0.1, 0.1, 0.4, 0.4])
+    np.testing.assert_allclose(slots.load, [[1 / 3, 1 / 3, 1 / 3, 0]])

@@ -150,22 +150,35 @@ class Router(LayerMetrics, keras.layers.Layer):
             logits: float32 `[g, t, e]`.
             mask: bool `[g, t]`, or `None`.
         """
-        z_loss = router_z_loss(logits, mask)
-        balance_loss = self.load_balancing_loss(routing)
-        self._add_weighted_loss(z_loss, self.router_z_loss_weight)
-        self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
-        if not self.export_metrics:
-            return
         groups, tokens, _ = ops.shape(logits)
         valid = groups * tokens if mask is None else ops.sum(ops.cast(mask, "float32"))
-        self.add_metrics(
-            {
-                "router_z_loss": self.router_z_loss_weight * z_loss,
-                "unscaled_router_z_loss": z_loss,
-                "load_balancing_loss": balance_loss,
-                **routing_statistics(routing, ops.cast(valid, "float32")),
-            }
+        self.add_losses_and_metrics(
+            routing,
+            z_loss=router_z_loss(logits, mask),
+            balance_loss=self.load_balancing_loss(routing),
+            valid=ops.cast(valid, "float32"),
         )
+
+    def add_losses_and_metrics(self, routing, *, z_loss, balance_loss, valid):
+        """Adds the losses with their weights, and the metrics.
+
+        Args:
+            routing: `Slots` or a `RouterMask`.
+            z_loss: float32 scalar, unweighted.
+            balance_loss: float32 scalar, unweighted.
+            valid: float32 scalar, the number of tokens that are not masked.
+        """
+        self._add_weighted_loss(z_loss, self.router_z_loss_weight)
+        self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
+        if self.export_metrics:
+            self.add_metrics(
+                {
+                    "router_z_loss": self.router_z_loss_weight * z_loss,
+                    "unscaled_router_z_loss": z_loss,
+                    "load_balancing_loss": balance_loss,
+                    **routing_statistics(routing, valid),
+                }
+            )
 
     def _add_weighted_loss(self, loss, weight):
         if weight:
@@ -174,8 +187,8 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     @property
     def metrics_prefix(self):
-        """The path of the MoE layer that the router is part of."""
-        return self.path.rpartition("/")[0] or self.path
+        """The path of the MoE layer, and the name if it is not `"router"`."""
+        return self.path.removesuffix("/router")
 
     def get_config(self):
         gate = self.router_weights

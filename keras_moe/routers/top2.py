@@ -75,21 +75,39 @@ class Top2MaskedRouter(TokensChooseRouter):
             self.policy_seed_generator = keras.random.SeedGenerator()
 
     def compute_routing(self, probs, expert_capacity, training=None):
-        selection = top_k(probs, 2, normalize=True)
-        first = Selection(*(part[..., :1] for part in selection))
-        kept = self._keeps_second(selection.weight[..., 1:], training)
-        second = Selection(
-            ops.where(kept, selection.expert_index[..., 1:], -1),
-            ops.where(kept, selection.weight[..., 1:], 0.0),
-        )
-        both = Selection(
-            *(
-                ops.concatenate(pair, axis=-1)
-                for pair in zip(first, second, strict=True)
-            )
-        )
+        first, both = self.choose(probs, training)
         routing = place(both, probs, expert_capacity)
         return routing._replace(load=wanted_load(first, self.num_experts))
+
+    def choose(self, probs, training, important=None):
+        """The first choices, and both, after the policy.
+
+        Args:
+            probs: float32 `[g, t, e]`, all zero for a masked token.
+            training: bool.
+            important: bool `[g, t]`, false for a token whose best expert counts
+                as its second choice; `None` if there is none.
+
+        Returns:
+            A pair of `Selection`s, `[g, t, 1]` and `[g, t, 2]`.
+        """
+        index, weight = top_k(probs, 2, normalize=True)
+        first, second = (
+            Selection(index[..., i : i + 1], weight[..., i : i + 1]) for i in (0, 1)
+        )
+        if important is not None:
+            important = ops.expand_dims(important, -1)
+            demoted = ops.cast(first.expert_index >= 0, "float32")
+            second = Selection(
+                ops.where(important, second.expert_index, first.expert_index),
+                ops.where(important, second.weight, demoted),
+            )
+            first = _only(important, first)
+        second = _only(self._keeps_second(second.weight, training), second)
+        both = (
+            ops.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True)
+        )
+        return first, Selection(*both)
 
     def _keeps_second(self, weight, training):
         """bool, of the shape of the second choices' weights."""
@@ -114,3 +132,11 @@ class Top2MaskedRouter(TokensChooseRouter):
             "second_threshold_train": self.second_threshold_train,
             "second_threshold_eval": self.second_threshold_eval,
         }
+
+
+def _only(kept, selection):
+    """The choices for which `kept` is true."""
+    return Selection(
+        ops.where(kept, selection.expert_index, -1),
+        ops.where(kept, selection.weight, 0.0),
+    )

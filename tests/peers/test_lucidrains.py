@@ -4,9 +4,14 @@ import keras
 import numpy as np
 import pytest
 import torch
-from mixture_of_experts import MoE
+from mixture_of_experts import HeirarchicalMoE, MoE
 
-from keras_moe import FeedForwardExperts, MoeLayer, Top2MaskedRouter
+from keras_moe import (
+    FeedForwardExperts,
+    HierarchicalMoeLayer,
+    MoeLayer,
+    Top2MaskedRouter,
+)
 
 H, E, F = 8, 4, 16
 
@@ -89,3 +94,56 @@ def test_a_corrected_threshold(threshold):
     outputs = keras.ops.convert_to_numpy(ours(x))
     scale = np.abs(expected).max()
     np.testing.assert_allclose(outputs / scale, expected / scale, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["all", "none"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("outer", "inner"), [(4, 2), (2, 4)])
+def test_two_levels(policy, training, outer, inner):
+    torch.manual_seed(0)
+    theirs = HeirarchicalMoE(
+        H,
+        num_experts=(outer, inner),
+        hidden_dim=F,
+        second_policy_train=policy,
+        second_policy_eval=policy,
+        capacity_factor_train=1.0,
+        capacity_factor_eval=2.0,
+        loss_coef=1e-2,
+    )
+    with torch.no_grad():
+        theirs.experts.w1.normal_()
+        theirs.experts.w2.normal_()
+
+    def top2(num_experts, name):
+        return Top2MaskedRouter(
+            num_experts,
+            use_bias=False,
+            second_policy_train=policy,
+            second_policy_eval=policy,
+            name=name,
+        )
+
+    ours = HierarchicalMoeLayer(
+        FeedForwardExperts(outer * inner, F, activation="relu", use_bias=False),
+        top2(outer, "outer"),
+        top2(inner, "inner"),
+        train_capacity_factor=1.0,
+        name="moe",
+    )
+    ours.build((None, None, H))
+    weights = {
+        "moe/outer/router_weights/kernel": theirs.gate_outer.w_gating,
+        "moe/inner/router_weights/kernel": theirs.gate_inner.w_gating,
+        "moe/experts/intermediate/kernel": theirs.experts.w1.reshape(-1, H, F),
+        "moe/experts/output/kernel": theirs.experts.w2.reshape(-1, F, H),
+    }
+    for w in ours.weights:
+        w.assign(weights[w.path].detach().numpy())
+    x = np.random.default_rng(0).normal(size=(3, 64, H)).astype("float32")
+    expected, loss = theirs.train(training)(torch.from_numpy(x))
+    outputs = keras.ops.convert_to_numpy(ours(x, training=training))
+    expected = expected.detach().numpy()
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(outputs / scale, expected / scale, atol=1e-5)
+    assert sum(float(a) for a in ours.losses) == pytest.approx(float(loss.detach()))
