@@ -9,20 +9,33 @@ and einsums:
 """
 
 from keras_moe import losses
-from keras_moe.experts import FeedForward, FeedForwardExperts
+from keras_moe.backbone import MoeLayerWithBackbone
+from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
+from keras_moe.hierarchical_moe_layer import HierarchicalMoeLayer
 from keras_moe.metrics import LayerMetrics
-from keras_moe.moe_layer import MoeLayer, MoeLayerWithBackbone
-from keras_moe.routers import ExpertsChooseMaskedRouter, MaskedRouter, Router
+from keras_moe.moe_layer import MoeLayer
+from keras_moe.routers import (
+    BiasBalancedMaskedRouter,
+    ExpertsChooseMaskedRouter,
+    MaskedRouter,
+    Router,
+    TokensChooseRouter,
+    Top2MaskedRouter,
+)
 from keras_moe.routing import RouterMask, Slots
+from keras_moe.soft_moe_layer import SoftMoeLayer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BiasBalancedMaskedRouter",
     "ExpertsChooseMaskedRouter",
     "FeedForward",
     "FeedForwardExperts",
     "Gate",
+    "HeterogeneousExperts",
+    "HierarchicalMoeLayer",
     "LayerMetrics",
     "MaskedRouter",
     "MoeLayer",
@@ -30,5 +43,8 @@ __all__ = [
     "Router",
     "RouterMask",
     "Slots",
+    "SoftMoeLayer",
+    "TokensChooseRouter",
+    "Top2MaskedRouter",
     "losses",
 ]

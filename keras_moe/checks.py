@@ -47,6 +47,17 @@ def boolean(name, value):
     return value
 
 
+def one_of(name, value, choices):
+    """Returns `value` if it is one of `choices`, or raises."""
+    if not isinstance(value, str):
+        raise TypeError(f"`{name}` must be a string. Received: {name}={value!r}.")
+    if value not in choices:
+        raise ValueError(
+            f"`{name}` must be one of {choices}. Received: {name}={value!r}."
+        )
+    return value
+
+
 def examples_per_group(value):
     """Returns a whole number, one over a whole number, or `None`, or raises."""
     if value is None:

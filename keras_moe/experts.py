@@ -4,10 +4,11 @@ import keras
 from keras import ops
 
 from keras_moe import checks, initializers
+from keras_moe.serialization import with_parts
 
 
 class _FeedForward(keras.layers.Layer):
-    """Two dense layers with an activation between them.
+    """Two dense layers with an activation between them, or three if gated.
 
     A subclass says what its dense layers are, in `_dense`.
     """
@@ -19,6 +20,8 @@ class _FeedForward(keras.layers.Layer):
         inner_dropout=0.0,
         output_dropout=0.0,
         activation="gelu",
+        gated=False,
+        use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
         **kwargs,
@@ -28,9 +31,13 @@ class _FeedForward(keras.layers.Layer):
         self.inner_dropout = checks.number("inner_dropout", inner_dropout, below=1)
         self.output_dropout = checks.number("output_dropout", output_dropout, below=1)
         self.activation = keras.activations.get(activation)
+        self.gated = checks.boolean("gated", gated)
+        self.use_bias = checks.boolean("use_bias", use_bias)
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self.intermediate_layer = self._dense(self.d_ff, name="intermediate")
+        if self.gated:
+            self.gate_layer = self._dense(self.d_ff, name="gate")
         self.inner_dropout_layer = keras.layers.Dropout(
             self.inner_dropout, dtype=self.dtype_policy
         )
@@ -44,6 +51,7 @@ class _FeedForward(keras.layers.Layer):
 
     def _dense_arguments(self, name):
         return {
+            "use_bias": self.use_bias,
             "kernel_initializer": initializers.clone(self.kernel_initializer),
             "bias_initializer": initializers.clone(self.bias_initializer),
             "dtype": self.dtype_policy,
@@ -56,10 +64,17 @@ class _FeedForward(keras.layers.Layer):
         # Made only now, it was not there when the layer was frozen.
         self.output_layer.trainable = self.trainable
         self.intermediate_layer.build(input_shape)
+        if self.gated:
+            self.gate_layer.build(input_shape)
         self.output_layer.build((*input_shape[:-1], self.d_ff))
 
     def call(self, inputs, training=None):
-        x = self.activation(self.intermediate_layer(inputs))
+        x = self.intermediate_layer(inputs)
+        x = (
+            self.activation(self.gate_layer(inputs)) * x
+            if self.gated
+            else self.activation(x)
+        )
         x = self.inner_dropout_layer(x, training=training)
         return self.output_dropout_layer(self.output_layer(x), training=training)
 
@@ -73,6 +88,8 @@ class _FeedForward(keras.layers.Layer):
             "inner_dropout": self.inner_dropout,
             "output_dropout": self.output_dropout,
             "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),
         }
@@ -82,13 +99,16 @@ class _FeedForward(keras.layers.Layer):
 class FeedForward(_FeedForward):
     """A feed-forward layer: the same for every token.
 
-    `activation(x · W1 + b1) · W2 + b2`.
+    `activation(x · W1 + b1) · W2 + b2`; gated, with the gate's `Wg` and `bg`,
+    `(activation(x · Wg + bg) * (x · W1 + b1)) · W2 + b2`.
 
     Args:
         d_ff: int, the width `f` of the inner layer.
         inner_dropout: float in [0, 1), the rate after the activation.
         output_dropout: float in [0, 1), the rate after the output.
         activation: name or function; `"gelu"` is the exact one.
+        gated: bool, whether there is a gate: with `"silu"`, SwiGLU.
+        use_bias: bool.
         kernel_initializer: initializer of both kernels;
             `TruncatedNormal(stddev=0.02)` by default.
         bias_initializer: initializer of both biases.
@@ -101,6 +121,9 @@ class FeedForward(_FeedForward):
 
     Returns:
         `[batch, ..., h]`.
+
+    Reference:
+        [Shazeer, 2020](https://arxiv.org/abs/2002.05202) on gates.
     """
 
     def __init__(self, d_ff, *, name="feed_forward", **kwargs):
@@ -120,6 +143,8 @@ class FeedForwardExperts(_FeedForward):
         inner_dropout: float in [0, 1), the rate after the activation.
         output_dropout: float in [0, 1), the rate after the output.
         activation: name or function; `"gelu"` is the exact one.
+        gated: bool, whether there is a gate: with `"silu"`, SwiGLU.
+        use_bias: bool.
         kernel_initializer: initializer of the kernels `[e, h, f]` and
             `[e, f, h]`; `TruncatedNormal(stddev=0.02)` by default.
         bias_initializer: initializer of the biases `[e, 1, f]`, `[e, 1, h]`.
@@ -164,11 +189,11 @@ class ExpertDense(keras.layers.EinsumDense):
     the matrix product of one group, the usual case, as it lies in memory.
     """
 
-    def __init__(self, num_experts, units, **kwargs):
+    def __init__(self, num_experts, units, use_bias=True, **kwargs):
         super().__init__(
             "gech,ehf->gecf",
             output_shape=(num_experts, None, units),
-            bias_axes="ef",
+            bias_axes="ef" if use_bias else None,
             **kwargs,
         )
 
@@ -176,4 +201,72 @@ class ExpertDense(keras.layers.EinsumDense):
         if inputs.shape[0] != 1:
             return super().call(inputs, training=training)
         outputs = ops.matmul(ops.squeeze(inputs, axis=0), self.kernel)
-        return ops.expand_dims(outputs + self.bias, axis=0)
+        if self.bias is not None:
+            outputs = outputs + self.bias
+        return ops.expand_dims(outputs, axis=0)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class HeterogeneousExperts(keras.layers.Layer):
+    """Experts of different architectures, each called on its own slots.
+
+    Args:
+        experts: a list of layers, each from `[g, c, h]` to the same shape,
+            that treat a token without regard to its neighbours; one an expert.
+        name: string.
+        **kwargs: forwarded to `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `[g, e, c, h]`, the tokens in the slots of each expert.
+
+    Returns:
+        `[g, e, c, h]`.
+
+    Raises:
+        TypeError: if `experts` is no list of layers.
+        ValueError: if it is empty, or the input has another number of experts.
+    """
+
+    def __init__(self, experts, *, name="experts", **kwargs):
+        super().__init__(name=name, **kwargs)
+        if not isinstance(experts, (list, tuple)) or not all(
+            isinstance(expert, keras.layers.Layer) for expert in experts
+        ):
+            raise TypeError(
+                f"`experts` must be a list of layers. Received: experts={experts!r}."
+            )
+        if not experts:
+            raise ValueError("`experts` must hold at least one layer. Received: [].")
+        self.experts = list(experts)
+        self.num_experts = len(experts)
+
+    def build(self, input_shape):
+        groups, num_experts, capacity, hidden = input_shape
+        if num_experts != self.num_experts:
+            raise ValueError(
+                f"Expected inputs for {self.num_experts} experts. "
+                f"Received: input_shape={input_shape}."
+            )
+        for expert in self.experts:
+            # A symbolic call builds any layer, with or without a `build`.
+            expert(
+                keras.KerasTensor((groups, capacity, hidden), dtype=self.compute_dtype)
+            )
+
+    def call(self, inputs):
+        slots = ops.unstack(inputs, self.num_experts, axis=1)
+        results = [
+            expert(tokens) for expert, tokens in zip(self.experts, slots, strict=True)
+        ]
+        return ops.stack(results, axis=1)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        experts = [keras.saving.serialize_keras_object(e) for e in self.experts]
+        return {**super().get_config(), "experts": experts}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**with_parts(config, "experts"))

@@ -6,7 +6,7 @@ Sums run over the tokens that are not masked; without any, a loss is 0.
 from keras import ops
 
 
-def load_balancing_loss(probs, load):
+def load_balancing_loss(probs, load, per_group=True):
     """The balance loss of the Switch Transformer.
 
     It is 1 at balance; when all tokens are sure of the same expert it is `e`,
@@ -22,6 +22,8 @@ def load_balancing_loss(probs, load):
         load: float32 `[g, e]`, 1 in sum: the share of each expert in all
             wanted assignments of the group (of all `k` choices of a token),
             before any capacity.
+        per_group: bool; if false, `f` and `P` are those of all groups
+            together, which lets one group make up for another.
 
     Returns:
         A float32 scalar; 0 without a valid token.
@@ -30,10 +32,13 @@ def load_balancing_loss(probs, load):
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), equations 4-6.
     """
     num_experts = probs.shape[-1]
+    load = ops.stop_gradient(load)
     total = ops.sum(probs, axis=1)  # g e
-    valid = ops.stop_gradient(ops.sum(total))
-    loss = num_experts * ops.sum(ops.stop_gradient(load) * total)
-    return loss / ops.maximum(valid, 1.0)
+    tokens = ops.stop_gradient(ops.sum(total, axis=-1, keepdims=True))  # g 1
+    all_tokens = ops.maximum(ops.sum(tokens), 1.0)
+    if not per_group:
+        load = ops.sum(load * tokens, axis=0) / all_tokens
+    return num_experts * ops.sum(load * total) / all_tokens
 
 
 def router_z_loss(logits, mask=None):
@@ -56,3 +61,24 @@ def router_z_loss(logits, mask=None):
         mask = ops.ones_like(squares, dtype="bool")
     valid = ops.sum(ops.cast(mask, "float32"))
     return ops.sum(ops.where(mask, squares, 0.0)) / ops.maximum(valid, 1.0)
+
+
+def importance_loss(probs):
+    """The importance loss: how unevenly the experts are liked.
+
+    The squared coefficient of variation `(std / mean)²`, over the experts, of
+    their importance, the sum of their probabilities: 0 where all are liked
+    alike, `e - 1` where one is liked alone.
+
+    Args:
+        probs: float32 `[g, t, e]`, 0 for a masked token.
+
+    Returns:
+        A float32 scalar; 0 without a valid token.
+
+    Reference:
+        [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equations 6-7.
+    """
+    importance = ops.sum(probs, axis=(0, 1))
+    mean = ops.mean(importance)
+    return ops.var(importance) / ops.where(mean == 0, 1.0, ops.square(mean))

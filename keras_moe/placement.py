@@ -4,44 +4,103 @@ from keras import ops
 
 from keras_moe.kernels import scatter_add_rows
 from keras_moe.routing import Slots
-from keras_moe.selection import finite, valid_tokens
+from keras_moe.selection import Selection, finite, valid_tokens
+
+PRIORITIES = ("choice", "token", "probability")
 
 
-def place(selection, probs, expert_capacity):
+def place(selection, probs, expert_capacity, priority="choice"):
     """Tokens take slots in the experts they want, until these are full.
 
-    All first choices come before all second choices, and of the same choice
-    the earlier token comes first; what finds its expert full is dropped.
+    What finds its expert full is dropped. Who comes first is the `priority`:
+
+    - `"choice"`: all first choices before all second choices, and of the same
+      choice the earlier token (GShard);
+    - `"token"`: the earlier token with all its choices;
+    - `"probability"`: as `"choice"`, but instead of the earlier token the one
+      whose best probability is higher (V-MoE's batch prioritized routing).
 
     Args:
         selection: a `Selection`, `[g, t, k]`.
         probs: float32 `[g, t, e]`, all zero for a masked token.
         expert_capacity: `c`, an int or a scalar int32 tensor.
+        priority: one of `PRIORITIES`.
 
     Returns:
         `Slots`.
+
+    Reference:
+        [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1;
+        [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 4.
     """
-    _, tokens, k = ops.shape(selection.expert_index)
-    num_experts = probs.shape[-1]
-    # One row a group, in order of priority: [g, k·t].
-    wanted = _by_priority(selection.expert_index)
-    weight = _by_priority(selection.weight)
+    groups, tokens, k = ops.shape(selection.expert_index)
+    if priority == "probability":
+        token_order = ops.argsort(-ops.max(finite(probs), axis=-1), axis=-1)
+        selection = Selection(
+            *(
+                ops.take_along_axis(part, ops.expand_dims(token_order, -1), axis=1)
+                for part in selection
+            )
+        )
+    if priority != "token":
+        selection = Selection(*(ops.transpose(part, (0, 2, 1)) for part in selection))
+    # One row a group, in order of priority.
+    wanted, weight = (ops.reshape(part, (groups, tokens * k)) for part in selection)
     # Sorted by expert, each expert's assignments are a run in that order; the
     # sort is stable on every backend. Masked ones (-1) come first.
     order = ops.argsort(wanted, axis=-1)
-    counts = _counts(wanted, num_experts)  # g e
+    counts = _counts(wanted, probs.shape[-1])  # g e
     masked = tokens * k - ops.sum(counts, axis=-1, keepdims=True)
     start = masked + ops.cumsum(counts, axis=-1) - counts
     slot = ops.arange(expert_capacity, dtype="int32")
     filled = slot < ops.expand_dims(counts, -1)  # g e c
     rank = ops.where(filled, ops.expand_dims(start, -1) + slot, 0)
     assignment = _take(order, rank)
+    token = assignment // k if priority == "token" else assignment % tokens
+    if priority == "probability":
+        token = _take(token_order, token)
     return Slots(
-        token_index=ops.where(filled, assignment % tokens, -1),
+        token_index=ops.where(filled, token, -1),
         weight=ops.where(filled, _take(weight, assignment), 0.0),
         probs=probs,
         load=_shares(counts),
     )
+
+
+def compose(outer, inner):
+    """Two placements one after the other, as one.
+
+    Args:
+        outer: `Slots` of `n` groups of experts: `[g, n, c]`.
+        inner: `Slots` of the experts of each group, whose tokens are the slots
+            of `outer`: `[g·n, e, c']`.
+
+    Returns:
+        `Slots` `[g, n·e, c']`. A weight is the product of both weights; the
+        probability of a group of experts is spread evenly over them.
+    """
+    groups, n, slots = ops.shape(outer.token_index)
+    _, e, c = ops.shape(inner.token_index)
+    filled = inner.token_index >= 0
+    slot = ops.maximum(inner.token_index, 0)
+    token = _take(ops.reshape(outer.token_index, (groups * n, slots)), slot)
+    weight = _take(ops.reshape(outer.weight, (groups * n, slots)), slot)
+    shape = (groups, n * e, c)
+    filled = ops.reshape(filled, shape)
+    counts = ops.sum(ops.cast(filled, "int32"), axis=-1)
+    return Slots(
+        token_index=ops.where(filled, ops.reshape(token, shape), -1),
+        weight=ops.reshape(weight * inner.weight, shape),
+        probs=ops.repeat(outer.probs, e, axis=-1) / e,
+        load=_shares(counts),
+    )
+
+
+def wanted_load(selection, num_experts):
+    """float32 `[g, e]`: the share of each expert in what the tokens want."""
+    groups, tokens, k = ops.shape(selection.expert_index)
+    index = ops.reshape(selection.expert_index, (groups, tokens * k))
+    return _shares(_counts(index, num_experts))
 
 
 def experts_choose(probs, expert_capacity):
@@ -69,12 +128,6 @@ def experts_choose(probs, expert_capacity):
         probs=probs,
         load=_shares(ops.sum(ops.cast(filled, "int32"), axis=-1)),
     )
-
-
-def _by_priority(x):
-    """`[g, t, k]` to `[g, k·t]`: first choices first, earlier tokens first."""
-    groups, tokens, k = ops.shape(x)
-    return ops.reshape(ops.transpose(x, (0, 2, 1)), (groups, k * tokens))
 
 
 def _take(row, index):

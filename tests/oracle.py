@@ -46,7 +46,7 @@ def best(scores, k):
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
 
 
-def tokens_choose(probs, valid, k, c, normalize=False):
+def tokens_choose(probs, valid, k, c, normalize=False, priority="choice"):
     """For one group: slots `[e][c]` of (token, weight), and wanted counts."""
     t, e = probs.shape
     wanted = []
@@ -54,16 +54,35 @@ def tokens_choose(probs, valid, k, c, normalize=False):
         chosen = best(probs[token], k) if valid[token] else []
         total = sum(probs[token][i] for i in chosen) if normalize else 1.0
         wanted.append([(i, probs[token][i] / total) for i in chosen])
+    tokens = range(t)
+    if priority == "probability":
+        tokens = best(probs.max(-1), t)
+    turns = [(token, choice) for choice in range(k) for token in tokens]
+    if priority == "token":
+        turns = [(token, choice) for token in tokens for choice in range(k)]
     slots = [[] for _ in range(e)]
     counts = np.zeros(e)
-    for choice in range(k):
-        for token in range(t):
-            if choice < len(wanted[token]):
-                expert, weight = wanted[token][choice]
-                counts[expert] += 1
-                if len(slots[expert]) < c:
-                    slots[expert].append((token, weight))
+    for token, choice in turns:
+        if choice < len(wanted[token]):
+            expert, weight = wanted[token][choice]
+            counts[expert] += 1
+            if len(slots[expert]) < c:
+                slots[expert].append((token, weight))
     return slots, counts
+
+
+def next_best(probs, valid, k, c, normalize=False):
+    """One token after the other takes its k best experts that have room."""
+    t, e = probs.shape
+    slots = [[] for _ in range(e)]
+    for token in range(t):
+        if not valid[token]:
+            continue
+        open_ = [i for i in best(probs[token], e) if len(slots[i]) < c][:k]
+        total = sum(probs[token][i] for i in open_) if normalize else 1.0
+        for i in open_:
+            slots[i].append((token, probs[token][i] / total))
+    return slots
 
 
 def experts_choose(probs, valid, c):

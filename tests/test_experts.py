@@ -5,7 +5,7 @@ import pytest
 from keras import ops
 from layer_check import check_file, check_layer
 
-from keras_moe import FeedForward, FeedForwardExperts
+from keras_moe import FeedForward, FeedForwardExperts, HeterogeneousExperts
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -96,11 +96,67 @@ def make_experts(**kwargs):
     return FeedForwardExperts(3, 8, activation="relu", output_dropout=0.1, **kwargs)
 
 
+def make_gated(**kwargs):
+    return FeedForwardExperts(
+        3, 8, activation="silu", gated=True, use_bias=False, **kwargs
+    )
+
+
+def make_heterogeneous(**kwargs):
+    return HeterogeneousExperts(
+        [
+            keras.layers.Dense(4, **kwargs),
+            FeedForward(8, **kwargs),
+            keras.layers.EinsumDense("gch,hi->gci", (None, 4), **kwargs),
+        ],
+        **kwargs,
+    )
+
+
+def test_a_gate_multiplies(rng):
+    x = rng.normal(size=(2, 3, 4)).astype("float32")
+    layer = FeedForward(
+        8, gated=True, use_bias=False, activation="relu", kernel_initializer="he_normal"
+    )
+    outputs = ops.convert_to_numpy(layer(x))
+    w = {w.path.split("/")[1]: w.numpy() for w in layer.weights}
+    inner = np.maximum(x @ w["gate"], 0) * (x @ w["intermediate"])
+    np.testing.assert_allclose(outputs, inner @ w["output"], rtol=1e-4, atol=1e-5)
+    experts = make_gated()
+    experts.build((1, 3, None, 4))
+    assert {w.path: w.shape for w in experts.weights} == {
+        "experts/gate/kernel": (3, 4, 8),
+        "experts/intermediate/kernel": (3, 4, 8),
+        "experts/output/kernel": (3, 8, 4),
+    }
+
+
+def test_heterogeneous_experts_work_on_their_own_slots(rng):
+    x = rng.normal(size=(1, 3, 5, 4)).astype("float32")
+    layer = make_heterogeneous()
+    outputs = ops.convert_to_numpy(layer(x))
+    for e in range(3):
+        expected = ops.convert_to_numpy(layer.experts[e](x[:, e]))
+        np.testing.assert_allclose(outputs[:, e], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("experts", "error"),
+    [([], ValueError), ([1], TypeError), (None, TypeError), ("a", TypeError)],
+)
+def test_bad_heterogeneous_experts(experts, error):
+    with pytest.raises(error, match="`experts` must"):
+        HeterogeneousExperts(experts)
+
+
 def test_the_layer_check(tmp_path):
     check_layer(make_feed_forward)
     check_layer(make_experts, (3, 5, 4))
+    check_layer(make_gated, (3, 5, 4))
+    check_layer(make_heterogeneous, (3, 5, 4))
     check_file(make_feed_forward, (6, 4), tmp_path / "model.keras")
-    check_file(make_experts, (3, 5, 4), tmp_path / "model.keras")
+    check_file(make_gated, (3, 5, 4), tmp_path / "model.keras")
+    check_file(make_heterogeneous, (3, 5, 4), tmp_path / "model.keras")
 
 
 def test_another_number_of_experts_is_an_error():

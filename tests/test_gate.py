@@ -2,6 +2,7 @@ import keras
 import numpy as np
 import oracle
 import pytest
+from gradients import gradients
 from keras import ops
 
 from keras_moe import Gate
@@ -73,9 +74,85 @@ def test_in_a_functional_model(tmp_path):
         ({"jitter_noise": 1.0}, ValueError),
         ({"jitter_noise": -0.1}, ValueError),
         ({"use_bias": "yes"}, TypeError),
+        ({"mechanism": "unknown"}, ValueError),
+        ({"mechanism": None}, TypeError),
+        ({"noise_std": -1}, ValueError),
+        ({"hidden_layers": 0}, ValueError),
+        ({"hidden_layers": [8, 0]}, ValueError),
+        ({"hidden_layers": "8"}, TypeError),
         ({"kernel_initializer": "unknown"}, ValueError),
     ],
 )
 def test_bad_arguments(arguments, error):
     with pytest.raises(error):
         Gate(**{"num_experts": 4, **arguments})
+
+
+@pytest.mark.parametrize("hidden_layers", [7, [7, 5]])
+def test_hidden_layers(hidden_layers, rng):
+    x = rng.normal(size=(2, 3, 4)).astype("float32")
+    gate = Gate(
+        5, hidden_layers=hidden_layers, kernel_initializer="he_normal", name="gate"
+    )
+    probs = ops.convert_to_numpy(gate(x))
+    weights = {w.path: w.numpy() for w in gate.weights}
+    for i in range(len(gate.hidden_layers)):
+        kernel, bias = (weights[f"gate/hidden_{i}/{n}"] for n in ("kernel", "bias"))
+        x = np.maximum(x @ kernel + bias, 0)
+    logits = x @ weights["gate/kernel"] + weights["gate/bias"]
+    np.testing.assert_allclose(probs, oracle.softmax(logits), rtol=1e-4)
+
+
+def test_sigmoid_is_each_expert_for_itself(rng):
+    x = rng.normal(size=(2, 3, 4)).astype("float32")
+    probs, logits = Gate(5, mechanism="sigmoid")(x, return_logits=True)
+    expected = 1 / (1 + np.exp(-ops.convert_to_numpy(logits)))
+    np.testing.assert_allclose(ops.convert_to_numpy(probs), expected, rtol=1e-5)
+
+
+def test_gumbel_takes_the_best_and_samples_in_training():
+    """Samples have the softmax's frequencies, and its gradient."""
+    logits = np.log([[0.5, 0.3, 0.2]]).astype("float32")
+    gate = Gate(3, mechanism="gumbel", kernel_initializer="identity", use_bias=False)
+    x = np.repeat(logits, 4000, axis=0)
+    still = ops.convert_to_numpy(gate(x))
+    np.testing.assert_allclose(still[:, 0], 1.0, rtol=1e-6)
+    samples = ops.convert_to_numpy(gate(x, training=True))
+    np.testing.assert_allclose(samples.sum(-1), 1.0, rtol=1e-6)
+    assert ((samples == 0) | (samples > 0.999)).all()
+    np.testing.assert_allclose(samples.mean(0), [0.5, 0.3, 0.2], atol=0.03)
+
+    def first(x):
+        return ops.sum(gate(x)[:, 0])
+
+    (found,) = gradients(first, logits)
+    p = np.array([0.5, 0.3, 0.2])
+    np.testing.assert_allclose(found[0], p[0] * (np.eye(3)[0] - p), rtol=1e-4)
+
+
+def test_noise_on_the_logits_is_for_training():
+    gate = Gate(2, noise_std=3.0, kernel_initializer="zeros", mechanism="sigmoid")
+    x = np.zeros((5000, 4), "float32")
+    assert (ops.convert_to_numpy(gate(x)) == 0.5).all()
+    probs, logits = gate(x, training=True, return_logits=True)
+    probs = ops.convert_to_numpy(probs).astype("float64")
+    assert np.std(np.log(probs / (1 - probs))) == pytest.approx(3.0, rel=0.05)
+    assert (ops.convert_to_numpy(logits) == 0).all()
+
+
+def test_config_of_every_argument():
+    gate = Gate(
+        5,
+        hidden_layers=(7, 6),
+        mechanism="gumbel",
+        noise_std=0.5,
+        jitter_noise=0.25,
+        use_bias=False,
+        kernel_initializer="he_normal",
+        bias_initializer="ones",
+    )
+    config = gate.get_config()
+    copy = Gate.from_config(config)
+    assert copy.get_config() == config
+    assert copy.hidden_layers == [7, 6] and copy.mechanism == "gumbel"
+    assert (copy.noise_std, copy.jitter_noise, copy.use_bias) == (0.5, 0.25, False)

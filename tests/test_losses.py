@@ -3,14 +3,15 @@ import pytest
 from gradients import gradients
 from keras import ops
 
-from keras_moe.losses import load_balancing_loss, router_z_loss
+from keras_moe.losses import importance_loss, load_balancing_loss, router_z_loss
 
 
-def balance(probs, load):
+def balance(probs, load, **kwargs):
     return float(
         load_balancing_loss(
             ops.convert_to_tensor(np.array(probs, "float32")),
             ops.convert_to_tensor(np.array(load, "float32")),
+            **kwargs,
         )
     )
 
@@ -53,3 +54,27 @@ def test_z_loss():
     assert float(router_z_loss(logits, mask)) == pytest.approx(np.log(2) ** 2)
     nothing = ops.convert_to_tensor(np.array([[False, False]]))
     assert float(router_z_loss(logits, nothing)) == 0.0
+
+
+def test_over_the_batch_one_group_makes_up_for_another():
+    probs = [[[1, 0], [1, 0]], [[0, 1], [0, 1]]]
+    load = [[1, 0], [0, 1]]
+    assert balance(probs, load) == 2.0
+    assert balance(probs, load, per_group=False) == 1.0
+    # By their tokens: three of four for the first expert.
+    probs = [[[1, 0], [1, 0], [1, 0]], [[0, 1], [0, 0], [0, 0]]]
+    together = balance(probs, load, per_group=False)
+    assert together == pytest.approx(2 * (0.75**2 + 0.25**2))
+
+
+def test_importance_loss():
+    def loss(probs):
+        return float(importance_loss(ops.convert_to_tensor(np.array(probs, "float32"))))
+
+    assert loss(np.full((2, 3, 4), 0.25)) == 0
+    collapsed = np.zeros((2, 3, 4))
+    collapsed[..., 1] = 1
+    assert loss(collapsed) == pytest.approx(3)
+    assert loss(np.zeros((2, 3, 4))) == 0
+    # Importances 3 and 1: mean 2, variance 1.
+    assert loss([[[1, 0], [1, 0], [1, 0], [0, 1]]]) == pytest.approx(1 / 4)

@@ -3,7 +3,14 @@ import oracle
 import pytest
 from keras import ops
 
-from keras_moe.placement import experts_choose, place
+from keras_moe import Slots
+from keras_moe.placement import (
+    PRIORITIES,
+    compose,
+    experts_choose,
+    place,
+    wanted_load,
+)
 from keras_moe.selection import top_k
 
 
@@ -11,9 +18,9 @@ def numpy_slots(slots):
     return type(slots)(*(ops.convert_to_numpy(part) for part in slots))
 
 
-def tokens_choose(probs, k, c, normalize=False):
+def tokens_choose(probs, k, c, priority="choice"):
     probs = ops.convert_to_tensor(np.asarray(probs, "float32"))
-    return numpy_slots(place(top_k(probs, k, normalize), probs, c))
+    return numpy_slots(place(top_k(probs, k), probs, c, priority))
 
 
 def choose(probs, c):
@@ -77,10 +84,23 @@ def test_a_nan_token_takes_nobody_s_place():
     np.testing.assert_array_equal(choose(probs, 2).token_index[0, 0], [1, 2])
 
 
+def test_earlier_tokens_come_before_first_choices():
+    probs = [[[0.6, 0.4], [0.1, 0.9], [0.2, 0.8]]]
+    slots = tokens_choose(probs, 2, 2, "token")
+    np.testing.assert_array_equal(slots.token_index, [[[0, 1], [0, 1]]])
+
+
+def test_surer_tokens_come_before_earlier_ones():
+    slots = tokens_choose([[[0.6, 0.4], [0.9, 0.1], [0.8, 0.2]]], 1, 2, "probability")
+    np.testing.assert_array_equal(slots.token_index, [[[1, 2], [-1, -1]]])
+    np.testing.assert_allclose(slots.weight, [[[0.9, 0.8], [0, 0]]])
+
+
+@pytest.mark.parametrize("priority", PRIORITIES)
 @pytest.mark.parametrize("k", [1, 2, 3, None])
 @pytest.mark.parametrize("c", [1, 3, 17])
 @pytest.mark.parametrize("ties", [False, True])
-def test_against_the_oracle(k, c, ties, rng):
+def test_against_the_oracle(k, c, ties, priority, rng):
     g, t, e = 4, 17, 5
     if ties:
         probs = rng.integers(1, 4, size=(g, t, e)) / 16
@@ -90,13 +110,46 @@ def test_against_the_oracle(k, c, ties, rng):
     valid = rng.random((g, t)) < 0.8
     valid[2] = False
     probs[~valid] = 0
-    slots = choose(probs, c) if k is None else tokens_choose(probs, k, c)
+    slots = choose(probs, c) if k is None else tokens_choose(probs, k, c, priority)
     for i in range(g):
         if k is None:
             expected, counts = oracle.experts_choose(probs[i], valid[i], c)
         else:
-            expected, counts = oracle.tokens_choose(probs[i], valid[i], k, c)
+            expected, counts = oracle.tokens_choose(
+                probs[i], valid[i], k, c, priority=priority
+            )
         index, weight = oracle.as_arrays(expected, c)
         np.testing.assert_array_equal(slots.token_index[i], index)
         np.testing.assert_allclose(slots.weight[i], weight, rtol=1e-6)
         np.testing.assert_allclose(slots.load[i], counts / max(counts.sum(), 1))
+
+
+def test_wanted_load():
+    probs = ops.convert_to_tensor(np.array(THREE_TOKENS, "float32"))
+    load = wanted_load(top_k(probs, 2), 3)
+    np.testing.assert_allclose(ops.convert_to_numpy(load), [[3 / 6, 2 / 6, 1 / 6]])
+
+
+def test_compose_a_table():
+    """Two groups of two experts: slots of slots, weights multiplied."""
+    outer = Slots(
+        token_index=np.array([[[3, 0], [1, -1]]], "int32"),
+        weight=np.array([[[0.5, 1.0], [0.25, 0]]], "float32"),
+        probs=np.array([[[0.5, 0.5], [0.2, 0.8], [0, 0], [1, 0]]], "float32"),
+        load=np.array([[0.5, 0.5]], "float32"),
+    )
+    inner = Slots(
+        token_index=np.array([[[1], [0]], [[0], [-1]]], "int32"),
+        weight=np.array([[[0.4], [0.6]], [[1.0], [0]]], "float32"),
+        probs=np.zeros((2, 2, 2), "float32"),
+        load=np.zeros((2, 2), "float32"),
+    )
+    outer, inner = (
+        Slots(*(ops.convert_to_tensor(part) for part in slots))
+        for slots in (outer, inner)
+    )
+    slots = numpy_slots(compose(outer, inner))
+    np.testing.assert_array_equal(slots.token_index, [[[0], [3], [1], [-1]]])
+    np.testing.assert_allclose(slots.weight, [[[0.4], [0.3], [0.25], [0]]])
+    np.testing.assert_allclose(slots.probs[0, 1], [0.1, 0.1, 0.4, 0.4])
+    np.testing.assert_allclose(slots.load, [[1 / 3, 1 / 3, 1 / 3, 0]])

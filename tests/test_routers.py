@@ -4,7 +4,13 @@ import oracle
 import pytest
 from keras import ops
 
-from keras_moe import ExpertsChooseMaskedRouter, MaskedRouter, Router
+from keras_moe import (
+    BiasBalancedMaskedRouter,
+    ExpertsChooseMaskedRouter,
+    MaskedRouter,
+    Router,
+    Top2MaskedRouter,
+)
 from keras_moe.placement import place
 from keras_moe.selection import top_k
 
@@ -174,3 +180,225 @@ def test_a_router_of_one_s_own(rng):
 def test_bad_arguments(arguments, error):
     with pytest.raises(error):
         MaskedRouter(**{"num_experts": 4, **arguments})
+
+
+# Options of MaskedRouter.
+
+
+@pytest.mark.parametrize("priority", ["choice", "token", "probability"])
+def test_priorities_reach_the_placement(priority, rng):
+    x = rng.normal(size=(1, 30, 6)).astype("float32")
+    router = MaskedRouter(
+        3, num_selected_experts=2, priority=priority, kernel_initializer="he_normal"
+    )
+    slots = route(router, x, expert_capacity=10)
+    expected, _ = oracle.tokens_choose(
+        slots.probs[0], np.ones(30), 2, 10, priority=priority
+    )
+    index, weight = oracle.as_arrays(expected, 10)
+    np.testing.assert_array_equal(slots.token_index[0], index)
+    np.testing.assert_allclose(slots.weight[0], weight, rtol=1e-6)
+
+
+def test_overflow_to_the_next_best(rng):
+    x = rng.normal(size=(1, 30, 6)).astype("float32")
+    router = MaskedRouter(
+        3,
+        num_selected_experts=2,
+        normalize_weights=True,
+        priority="token",
+        overflow="next_best",
+        bias_initializer=favour_first,
+    )
+    slots = route(router, x, expert_capacity=20)
+    expected = oracle.next_best(slots.probs[0], np.ones(30), 2, 20, True)
+    index, weight = oracle.as_arrays(expected, 20)
+    np.testing.assert_array_equal(slots.token_index[0], index)
+    np.testing.assert_allclose(slots.weight[0], weight, rtol=1e-5)
+    # Every token wanted the first expert, which 10 had to do without.
+    assert slots.load[0, 0] == 0.5
+    assert (slots.token_index[0, 1:] >= 0).sum() >= 30
+
+
+def favour_first(shape, dtype=None):
+    return ops.cast(ops.arange(shape[0]) == 0, dtype) * 4.0
+
+
+@pytest.mark.parametrize("make", [MaskedRouter, ExpertsChooseMaskedRouter])
+def test_a_sigmoid_gate_gives_raw_weights_and_normalized_probabilities(make, rng):
+    x = rng.normal(size=(1, 9, 6)).astype("float32")
+    router = make(3, mechanism="sigmoid")
+    slots = route(router, x, expert_capacity=9)
+    np.testing.assert_allclose(slots.probs.sum(-1), 1, rtol=1e-5)
+    assert slots.weight.max() > 0.4
+
+
+def test_a_gumbel_gate_trains(rng):
+    x = rng.normal(size=(8, 9, 6)).astype("float32")
+    router = MaskedRouter(3, mechanism="gumbel")
+    a = route(router, x, expert_capacity=9)
+    b = route(router, x, expert_capacity=9, training=True)
+    assert (a.token_index != b.token_index).any()
+    np.testing.assert_allclose(b.weight[b.token_index >= 0], 1, rtol=1e-6)
+
+
+# BiasBalancedMaskedRouter.
+
+
+def test_the_bias_chooses_and_the_scores_weigh(rng):
+    x = rng.normal(size=(1, 9, 6)).astype("float32")
+    router = BiasBalancedMaskedRouter(
+        4, num_selected_experts=2, routed_scaling_factor=2.5
+    )
+    router.build(x.shape)
+    router.expert_bias.assign([0.0, 9.0, 0.0, 5.0])
+    slots = route(router, x, expert_capacity=9)
+    assert (slots.token_index[0, [1, 3]] == np.arange(9)).all()
+    assert (slots.token_index[0, [0, 2]] == -1).all()
+    kernel, bias = router.router_weights.get_weights()
+    scores = 1 / (1 + np.exp(-(x[0] @ kernel + bias)))
+    expected = 2.5 * scores[:, [1, 3]].T / scores[:, [1, 3]].sum(-1)
+    np.testing.assert_allclose(slots.weight[0, [1, 3]], expected, rtol=1e-5)
+    assert router.losses == []
+
+
+def test_the_bias_moves_by_the_sign_of_the_load_error(rng):
+    x = rng.normal(size=(2, 9, 6)).astype("float32")
+    mask = rng.random((2, 9)) < 0.8
+    router = BiasBalancedMaskedRouter(
+        4, bias_update_rate=0.25, kernel_initializer="he_normal"
+    )
+    router.build(x.shape)
+    expected = np.zeros(4)
+    for _ in range(3):
+        slots = route(router, x, expert_capacity=9, mask=mask, training=True)
+        load = (slots.token_index >= 0).sum(axis=(0, 2))
+        expected += 0.25 * np.sign(load.mean() - load)
+        bias = ops.convert_to_numpy(router.expert_bias)
+        np.testing.assert_allclose(bias, expected)
+    assert expected.any()
+
+
+def test_the_bias_stands_still_when_nobody_trains(rng):
+    x = rng.normal(size=(2, 9, 6)).astype("float32")
+    router = BiasBalancedMaskedRouter(4, kernel_initializer="he_normal")
+    router(x, expert_capacity=9)
+    router.route(x, expert_capacity=9, training=True)
+    router.trainable = False
+    router(x, expert_capacity=9, training=True)
+    assert not ops.convert_to_numpy(router.expert_bias).any()
+
+
+def test_groups_of_experts_bound_the_choice(rng):
+    x = rng.normal(size=(1, 50, 6)).astype("float32")
+    router = BiasBalancedMaskedRouter(
+        8,
+        num_selected_experts=4,
+        num_expert_groups=4,
+        num_selected_groups=2,
+        kernel_initializer="he_normal",
+    )
+    slots = route(router, x, expert_capacity=50)
+    kernel, bias = router.router_weights.get_weights()
+    scores = 1 / (1 + np.exp(-(x[0] @ kernel + bias)))
+    for token in range(50):
+        groups = oracle.best([sum(s) for s in scores[token].reshape(4, 2)], 2)
+        chosen = {e for e in range(8) if token in slots.token_index[0, e]}
+        assert chosen == {2 * g + i for g in groups for i in (0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"num_expert_groups": 3}, ValueError),
+        ({"num_selected_groups": 2}, ValueError),
+        ({"num_expert_groups": 4, "num_selected_experts": 3}, ValueError),
+        ({"routed_scaling_factor": 0}, ValueError),
+        ({"bias_update_rate": -1}, ValueError),
+        ({"mechanism": "gumbel"}, ValueError),
+    ],
+)
+def test_bad_arguments_of_the_bias_balanced_router(arguments, error):
+    with pytest.raises(error):
+        BiasBalancedMaskedRouter(8, **arguments)
+
+
+# Top2MaskedRouter.
+
+TWO = np.log([[[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.89, 0.1, 0.01]]]).astype("float32")
+
+
+def top2(**kwargs):
+    # The tokens are their own logits.
+    return Top2MaskedRouter(
+        3,
+        kernel_initializer="identity",
+        use_bias=False,
+        second_policy_train="all",
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("all", [[0, 2], [0, 1], [2, -1]]),
+        ("none", [[0, 2], [-1, -1], [1, -1]]),
+        # Second weights 1/3, 1/4 and about 0.1.
+        ("threshold", [[0, 2], [0, -1], [1, -1]]),
+    ],
+)
+def test_policies_a_table(policy, expected):
+    router = top2(second_policy_eval=policy, second_threshold_eval=0.3)
+    slots = route(router, TWO, expert_capacity=2)
+    if policy == "all":
+        # First choices 0, 2, 0; second choices 1, 0 (full), 1.
+        expected = [[0, 2], [0, 2], [1, -1]]
+    np.testing.assert_array_equal(slots.token_index, [expected])
+    # First weights are below 1 under every policy.
+    np.testing.assert_allclose(slots.weight[0, 0, 0], 0.6 / 0.9, rtol=1e-5)
+    # The load counts first choices.
+    np.testing.assert_allclose(slots.load, [[2 / 3, 0, 1 / 3]], rtol=1e-6)
+
+
+def test_the_random_policy_keeps_as_often_as_the_weight_says():
+    router = Top2MaskedRouter(
+        3,
+        kernel_initializer="identity",
+        use_bias=False,
+        second_policy_train="random",
+        second_threshold_train=0.5,
+    )
+    x = np.repeat(TWO[:, :1], 4000, axis=1)
+    slots = route(router, x, expert_capacity=4000, training=True)
+    kept = (slots.token_index[0, 1] >= 0).mean()
+    assert kept == pytest.approx((1 / 3) / 0.5, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"num_experts": 1}, ValueError),
+        ({"second_policy_train": "most"}, ValueError),
+        ({"second_policy_eval": 1}, TypeError),
+        ({"second_threshold_train": -1}, ValueError),
+        ({"mechanism": "gumbel"}, ValueError),
+    ],
+)
+def test_bad_arguments_of_the_top_2_router(arguments, error):
+    with pytest.raises(error):
+        Top2MaskedRouter(**{"num_experts": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"priority": "first"}, ValueError),
+        ({"overflow": "next"}, ValueError),
+        ({"overflow": "next_best"}, ValueError),
+        ({"mechanism": "gumbel", "num_selected_experts": 2}, ValueError),
+    ],
+)
+def test_bad_options(arguments, error):
+    with pytest.raises(error):
+        MaskedRouter(4, **arguments)

@@ -4,6 +4,7 @@ import keras
 
 from keras_moe.placement import experts_choose
 from keras_moe.routers.router import Router
+from keras_moe.selection import normalized
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -23,5 +24,16 @@ class ExpertsChooseMaskedRouter(Router):
         [Zhou et al., 2022](https://arxiv.org/abs/2202.09368).
     """
 
+    def __init__(self, num_experts, *, name="router", **kwargs):
+        super().__init__(num_experts, name=name, **kwargs)
+        if self.mechanism == "gumbel":
+            raise ValueError(
+                '`mechanism="gumbel"` chooses one expert for a token; here experts '
+                f"choose. Received: mechanism={self.mechanism!r}."
+            )
+
     def compute_routing(self, probs, expert_capacity, training=None):
-        return experts_choose(probs, expert_capacity)
+        routing = experts_choose(probs, expert_capacity)
+        if self.mechanism == "sigmoid":
+            routing = routing._replace(probs=normalized(probs))
+        return routing

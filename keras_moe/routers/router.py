@@ -17,8 +17,10 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     Args:
         num_experts: int, the number of experts `e`.
-        jitter_noise: float in [0, 1): noise on the gate's input in training,
-            see `Gate`.
+        hidden_layers: see `Gate`, as the three that follow.
+        mechanism: string.
+        noise_std: float.
+        jitter_noise: float.
         use_bias: bool, whether the gate has a bias.
         kernel_initializer: initializer of the gate's kernel;
             `TruncatedNormal(stddev=0.02)` by default.
@@ -53,6 +55,9 @@ class Router(LayerMetrics, keras.layers.Layer):
         self,
         num_experts,
         *,
+        hidden_layers=None,
+        mechanism="softmax",
+        noise_std=0.0,
         jitter_noise=0.0,
         use_bias=True,
         kernel_initializer=None,
@@ -75,6 +80,9 @@ class Router(LayerMetrics, keras.layers.Layer):
         )
         self.router_weights = Gate(
             num_experts,
+            hidden_layers=hidden_layers,
+            mechanism=mechanism,
+            noise_std=noise_std,
             jitter_noise=jitter_noise,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
@@ -82,6 +90,7 @@ class Router(LayerMetrics, keras.layers.Layer):
             name="router_weights",
         )
         self.num_experts = self.router_weights.num_experts
+        self.mechanism = self.router_weights.mechanism
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -94,8 +103,8 @@ class Router(LayerMetrics, keras.layers.Layer):
         It leaves no trace in the layer; metrics have their place in `report`.
 
         Args:
-            probs: float32 `[g, t, e]`, 1 in sum for a valid token, 0 for a
-                masked one.
+            probs: float32 `[g, t, e]`, what the gate says: 1 in sum for a
+                valid token (but for a `"sigmoid"` gate), 0 for a masked one.
             expert_capacity: int `c`, or a scalar tensor where the number of
                 tokens is not known.
             training: bool.
@@ -141,22 +150,35 @@ class Router(LayerMetrics, keras.layers.Layer):
             logits: float32 `[g, t, e]`.
             mask: bool `[g, t]`, or `None`.
         """
-        z_loss = router_z_loss(logits, mask)
-        balance_loss = self.load_balancing_loss(routing)
-        self._add_weighted_loss(z_loss, self.router_z_loss_weight)
-        self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
-        if not self.export_metrics:
-            return
         groups, tokens, _ = ops.shape(logits)
         valid = groups * tokens if mask is None else ops.sum(ops.cast(mask, "float32"))
-        self.add_metrics(
-            {
-                "router_z_loss": self.router_z_loss_weight * z_loss,
-                "unscaled_router_z_loss": z_loss,
-                "load_balancing_loss": balance_loss,
-                **routing_statistics(routing, ops.cast(valid, "float32")),
-            }
+        self.add_losses_and_metrics(
+            routing,
+            z_loss=router_z_loss(logits, mask),
+            balance_loss=self.load_balancing_loss(routing),
+            valid=ops.cast(valid, "float32"),
         )
+
+    def add_losses_and_metrics(self, routing, *, z_loss, balance_loss, valid):
+        """Adds the losses with their weights, and the metrics.
+
+        Args:
+            routing: `Slots` or a `RouterMask`.
+            z_loss: float32 scalar, unweighted.
+            balance_loss: float32 scalar, unweighted.
+            valid: float32 scalar, the number of tokens that are not masked.
+        """
+        self._add_weighted_loss(z_loss, self.router_z_loss_weight)
+        self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
+        if self.export_metrics:
+            self.add_metrics(
+                {
+                    "router_z_loss": self.router_z_loss_weight * z_loss,
+                    "unscaled_router_z_loss": z_loss,
+                    "load_balancing_loss": balance_loss,
+                    **routing_statistics(routing, valid),
+                }
+            )
 
     def _add_weighted_loss(self, loss, weight):
         if weight:
@@ -165,14 +187,17 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     @property
     def metrics_prefix(self):
-        """The path of the MoE layer that the router is part of."""
-        return self.path.rpartition("/")[0] or self.path
+        """The path of the MoE layer, and the name if it is not `"router"`."""
+        return self.path.removesuffix("/router")
 
     def get_config(self):
         gate = self.router_weights
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
+            "hidden_layers": gate.hidden_layers,
+            "mechanism": gate.mechanism,
+            "noise_std": gate.noise_std,
             "jitter_noise": gate.jitter_noise,
             "use_bias": gate.use_bias,
             "kernel_initializer": initializers.serialize(gate.kernel_initializer),
