@@ -1,0 +1,295 @@
+"""Two small language models with the same work for a token: dense, and MoE.
+
+Both are character-level Transformers, trained on Python's own documentation.
+They differ in their feed-forward layers only: in the MoE model a token passes
+one of eight experts, each as large as the dense model's one layer. So it has
+more parameters, and but for the small gate no more FLOPs for a token.
+
+    python examples/char_lm.py [--steps 800] [--output runs/demo] [--seed 0]
+"""
+
+import argparse
+import pathlib
+import re
+import subprocess
+import sys
+import time
+from pydoc_data.topics import topics
+
+import keras
+import numpy as np
+from keras import ops
+from matplotlib.figure import Figure
+
+import keras_moe
+
+# The models: all of this is the same for both.
+LENGTH = 128  # characters that a model sees
+BLOCKS = 3
+WIDTH = 128
+HEADS = 4
+D_FF = 512  # of the dense layer, and of each expert
+INITIALIZER = "glorot_uniform"  # of the feed-forward layers
+
+# The experts. Each example is routed for itself.
+EXPERTS = 8
+TRAIN_CAPACITY = 1.25
+EVAL_CAPACITY = 2.0
+
+# The training.
+BATCH = 16
+LEARNING_RATE = 1e-3
+EPOCHS = 10  # the held-out text is measured after each
+HELD_OUT = 0.1  # of the text: its end
+
+# What the MoE model writes.
+CHARACTERS = 300
+TEMPERATURE = 0.7
+
+
+def main(arguments=None):
+    options = parse(arguments)
+    if options.evaluate:
+        evaluate(options.evaluate, options.seed)
+        return
+    text, held_out_text, alphabet = read_text()
+    held_out = examples(held_out_text)
+
+    results = {}
+    for name, feed_forward in (("dense", dense_layer), ("MoE", moe_layer)):
+        print(f"\nTraining the {name} model")
+        keras.utils.set_random_seed(options.seed)
+        model = build_model(feed_forward, len(alphabet))
+        results[name] = train(model, text, held_out, options.steps, options.seed)
+    print_table(results)
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    moe = results["MoE"]
+    moe["model"].save(options.output / "moe.keras")
+    evaluate_afresh(options.output / "moe.keras", options.seed, moe["bits"][-1])
+    load = expert_load(moe["model"], held_out[0])
+    draw(results, load, options.output / "char_lm.png")
+    print(f"moe.keras and char_lm.png, the picture, are in {options.output}.")
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=800, help="of training")
+    parser.add_argument("--output", type=pathlib.Path, default="runs/demo")
+    parser.add_argument("--seed", type=int, default=0)
+    help_text = "do not train: measure this model, and let it write"
+    parser.add_argument("--evaluate", metavar="FILE", help=help_text)
+    return parser.parse_args(arguments)
+
+
+# The text
+
+
+def read_text():
+    """The text to train on, the held-out text (both as indices), the alphabet.
+
+    Topics quote each other at length. Each paragraph is kept where it stands
+    first, so that none is in both parts.
+    """
+    paragraphs = (p.strip("\n") for t in topics.values() for p in t.split("\n\n"))
+    text = "\n\n".join(dict.fromkeys(paragraphs))
+    split = text.index("\n\n", int(len(text) * (1 - HELD_OUT))) + 2
+    alphabet, indices = np.unique(list(text), return_inverse=True)
+    indices = indices.astype("int32")
+    return indices[:split], indices[split:], alphabet
+
+
+def batches(text, seed):
+    """Without end: windows of the text from random places."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield windows(text, rng.integers(len(text) - LENGTH, size=BATCH))
+
+
+def examples(text):
+    """The whole text, as windows side by side."""
+    return windows(text, np.arange(0, len(text) - LENGTH, LENGTH))
+
+
+def windows(text, starts):
+    """Characters, and for each of them the next one."""
+    window = text[starts[:, None] + np.arange(LENGTH + 1)]
+    return window[:, :-1], window[:, 1:]
+
+
+# The models
+
+
+def dense_layer(name):
+    return keras_moe.FeedForward(D_FF, kernel_initializer=INITIALIZER, name=name)
+
+
+def moe_layer(name):
+    # One of the router's six metrics: all of three layers flood the progress bar.
+    return keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(EXPERTS, D_FF, kernel_initializer=INITIALIZER),
+        keras_moe.MaskedRouter(EXPERTS, export_metrics=("expert_usage",)),
+        train_capacity_factor=TRAIN_CAPACITY,
+        eval_capacity_factor=EVAL_CAPACITY,
+        name=name,
+    )
+
+
+def build_model(feed_forward, alphabet_size):
+    """A pre-norm Transformer: characters in, logits of the next characters out."""
+    characters = keras.Input((LENGTH,), dtype="int32")
+    positions = ops.cumsum(ops.ones_like(characters), axis=1) - 1
+    x = keras.layers.Embedding(alphabet_size, WIDTH)(characters)
+    x += keras.layers.Embedding(LENGTH, WIDTH)(positions)
+    for block in range(BLOCKS):
+        y = keras.layers.LayerNormalization()(x)
+        attention = keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)
+        x += attention(y, y, use_causal_mask=True)
+        y = keras.layers.LayerNormalization()(x)
+        x += feed_forward(f"block_{block}")(y)
+    x = keras.layers.LayerNormalization()(x)
+    return keras.Model(characters, keras.layers.Dense(alphabet_size)(x))
+
+
+def bits(targets, logits):
+    """Cross-entropy in bits per character, without the routers' losses."""
+    nats = ops.sparse_categorical_crossentropy(targets, logits, from_logits=True)
+    return nats / np.log(2)
+
+
+def compile_model(model):
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(LEARNING_RATE), loss, metrics=[bits])
+
+
+def moe_layers(model):
+    return [x for x in model.layers if isinstance(x, keras_moe.MoeLayer)]
+
+
+def active_parameters(model):
+    """The parameters that a token meets: those of one expert in each MoE layer."""
+    experts = sum(x.experts.count_params() for x in moe_layers(model))
+    return model.count_params() - experts + experts // EXPERTS
+
+
+def expert_load(model, characters):
+    """For each MoE layer, by name: the share of the tokens that want each expert."""
+    layers = moe_layers(model)
+    inputs = keras.Model(model.input, {layer.name: layer.input for layer in layers})
+    inputs = inputs.predict(characters, verbose=0)
+    load = {layer.name: layer.route(inputs[layer.name]).load for layer in layers}
+    return {name: ops.convert_to_numpy(x).mean(axis=0) for name, x in load.items()}
+
+
+# Training
+
+
+def train(model, text, held_out, steps, seed):
+    """Trains a model. Returns it with what there is to say about it."""
+    compile_model(model)
+    times = []
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: times.append(time.perf_counter())
+    )
+    epochs = min(EPOCHS, steps)
+    history = model.fit(
+        batches(text, seed),
+        epochs=epochs,
+        steps_per_epoch=steps // epochs,
+        validation_data=held_out,
+        validation_batch_size=BATCH,
+        callbacks=[watch],
+        shuffle=False,  # the batches are random already
+    ).history
+    return {
+        "model": model,
+        "steps": steps // epochs * np.arange(1, epochs + 1),
+        "bits": history["val_bits"],
+        # The median passes over compilation and the held-out text.
+        "milliseconds": 1000 * np.median(np.diff(times)),
+    }
+
+
+def print_table(results):
+    print("\n       parameters    active  ms per step  held-out bits per character")
+    for name, x in results.items():
+        total, active = x["model"].count_params(), active_parameters(x["model"])
+        pace, found = x["milliseconds"], x["bits"][-1]
+        print(f"{name:7}{total:10,}{active:10,}{pace:13.0f}{found:30.3f}")
+
+
+# The saved model
+
+
+def evaluate_afresh(file, seed, expected):
+    """Runs `evaluate` in a new process, which must find the same figure."""
+    print(f"\nLoading {file} in a new process")
+    command = [sys.executable, __file__, "--evaluate", file, "--seed", str(seed)]
+    output = subprocess.run(
+        command, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    print(output)
+    found = float(re.search(r"([\d.]+) bits per character", output)[1])
+    if abs(found - expected) > 1e-3:
+        raise SystemExit(f"{found:.4f} bits after loading, {expected:.4f} before.")
+    print(f"The figure is the same as before saving: {expected:.4f} bits.\n")
+
+
+def evaluate(file, seed):
+    """Loads a model, measures it on the held-out text, and lets it write."""
+    _, text, alphabet = read_text()
+    model = keras.models.load_model(file, compile=False)
+    compile_model(model)
+    x, y = examples(text)
+    found = model.evaluate(x, y, batch_size=BATCH, verbose=0, return_dict=True)
+    print(f"{found['bits']:.4f} bits per character of held-out text.")
+    prompt = text[:LENGTH]
+    written = generate(model, prompt, CHARACTERS, seed)
+    print("\nA piece of held-out text |and how the model goes on:\n")
+    print("".join(alphabet[prompt]), "".join(alphabet[written]), sep="|")
+
+
+def generate(model, prompt, characters, seed):
+    """Draws characters one by one, as they go on after the prompt.
+
+    The model always sees `LENGTH` characters, as in training: the capacity of
+    the experts depends on it.
+    """
+    rng = np.random.default_rng(seed)
+    text = list(prompt)
+    for _ in range(characters):
+        window = np.array([text[-LENGTH:]], "int32")
+        logits = ops.convert_to_numpy(model.predict_on_batch(window))[0, -1]
+        # The largest of logits with Gumbel noise is a draw from their softmax.
+        noise = rng.gumbel(size=logits.shape)
+        text.append(np.argmax(logits / TEMPERATURE + noise))
+    return np.array(text[len(prompt) :])
+
+
+# The picture, with colours that differ in brightness
+
+
+def draw(results, load, file):
+    """Draws what the models learned, and how each MoE layer uses its experts."""
+    top = 1.2 * max(share.max() for share in load.values())
+    figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
+    curves, *bars = figure.subplot_mosaic([["curves", x] for x in load]).values()
+    for (name, x), style in zip(results.items(), ("o--", "s-"), strict=True):
+        label = f"{name}: {x['bits'][-1]:.3f} at the end"
+        colour = {"dense": "darkorange", "MoE": "navy"}[name]
+        curves.plot(x["steps"], x["bits"], style, color=colour, label=label)
+    curves.set(title="Held-out text", xlabel="step", ylabel="bits per character")
+    curves.grid(alpha=0.3)
+    curves.legend()
+    for axis, (layer, share) in zip(bars, load.items(), strict=True):
+        axis.bar(range(EXPERTS), share, color="cornflowerblue")
+        axis.axhline(1 / EXPERTS, color="black", linestyle="--", label="even share")
+        axis.set(title=f"{layer}: share of held-out tokens per expert", ylim=(0, top))
+        axis.set_xticks(range(EXPERTS))
+    bars[-1].set_xlabel("expert")
+    bars[0].legend(loc="upper right")
+    figure.savefig(file)
+
+
+if __name__ == "__main__":
+    main()
