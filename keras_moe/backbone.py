@@ -82,11 +82,20 @@ class MoeLayerWithBackbone(keras.layers.Layer):
                 name="backbone_gate",
                 dtype=self.dtype_policy,
             )
+        self.backbone_d_ff = self.backbone.d_ff
+        self.inner_dropout = self.backbone.inner_dropout
+        self.output_dropout = self.backbone.output_dropout
+        self.activation = self.backbone.activation
+        self.gated = self.backbone.gated
+        self.use_bias = self.backbone.use_bias
+        self.kernel_initializer = self.backbone.kernel_initializer
+        self.bias_initializer = self.backbone.bias_initializer
         self.supports_masking = True
 
     def build(self, input_shape):
-        self.backbone.build(input_shape)
-        if self.backbone_gate:
+        if not self.backbone.built:
+            self.backbone.build(input_shape)
+        if self.backbone_gate and not self.backbone_gate_layer.built:
             self.backbone_gate_layer.build(input_shape)
         if not self.moe.built:
             self.moe.build(input_shape)
@@ -99,6 +108,10 @@ class MoeLayerWithBackbone(keras.layers.Layer):
 
     def compute_output_shape(self, input_shape):
         return input_shape
+
+    def get_build_config(self):
+        # As for `MoeLayer`.
+        return None
 
     def get_config(self):
         backbone = self.backbone.get_config()

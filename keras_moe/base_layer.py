@@ -32,7 +32,7 @@ class BaseMoeLayer(keras.layers.Layer):
                 f"Received: {type(experts).__name__}."
             )
         self.experts = experts
-        self.num_experts = experts.num_experts
+        self.num_experts = checks.whole_number("num_experts", experts.num_experts)
         self.examples_per_group = checks.examples_per_group(examples_per_group)
         self.supports_masking = True
 
@@ -59,10 +59,11 @@ class BaseMoeLayer(keras.layers.Layer):
             (1, self.num_experts, None, hidden), dtype=self.compute_dtype
         )
         results = self.experts(buffers)
-        if results.shape[1] != self.num_experts or results.shape[-1] != hidden:
+        received = getattr(results, "shape", type(results).__name__)
+        if received != buffers.shape:
             raise ValueError(
                 "`experts` must return the shape that they are given. "
-                f"Received: {results.shape} for {buffers.shape}."
+                f"Received: {received} for {buffers.shape}."
             )
 
     def call(self, inputs, mask=None, training=None, return_routing=False):
@@ -70,7 +71,7 @@ class BaseMoeLayer(keras.layers.Layer):
         routing = self.decide(tokens, mask, training)
         buffers = dispatch(tokens, routing)
         results = self.experts(buffers)
-        outputs = combine(results, routing)
+        outputs = ops.cast(combine(results, routing), self.compute_dtype)
         outputs = ungroup(outputs, inputs, self.examples_per_group)
         return (outputs, routing) if return_routing else outputs
 
@@ -79,7 +80,8 @@ class BaseMoeLayer(keras.layers.Layer):
 
         Args:
             inputs: `[batch, ..., h]`.
-            mask: bool `[batch, ...]`, or `None`.
+            mask: bool `[batch, ...]`, or `None` for none: it has no eye for the
+                mask that inputs may carry in Keras.
             training: bool.
 
         Returns:
@@ -124,6 +126,10 @@ class BaseMoeLayer(keras.layers.Layer):
                 self, inputs, mask=mask, training=training, return_routing=True
             )
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_build_config(self):
+        # Whoever holds the layer builds it, so that its path begins with theirs.
+        return None
 
     def get_config(self):
         return {

@@ -64,7 +64,7 @@ def examples_per_group(value):
         return None
     value = number("examples_per_group", value, above=True)
     whole = value if value >= 1 else 1 / value
-    if abs(whole - round(whole)) > 1e-6 * whole:
+    if not math.isfinite(whole) or abs(whole - round(whole)) > 1e-6 * whole:
         raise ValueError(
             "`examples_per_group` must be a whole number, one over a whole number, "
             f"or None. Received: examples_per_group={value!r}."

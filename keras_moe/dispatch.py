@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_moe.kernels import gather_rows, scatter_add_rows
-from keras_moe.routing import RouterMask, Slots
+from keras_moe.routing import Slots, check_routing
 
 
 def dispatch(tokens, routing):
@@ -21,17 +21,16 @@ def dispatch(tokens, routing):
     Returns:
         `[1, e, g·c, h]`, zero in empty slots.
     """
+    check_routing(routing)
     groups, t, hidden = ops.shape(tokens)
     if isinstance(routing, Slots):
         _, experts, capacity = ops.shape(routing.token_index)
         rows = ops.reshape(tokens, (groups * t, hidden))
         buffers = gather_rows(rows, _expert_major(routing.flat_token_index))
-    elif isinstance(routing, RouterMask):
+    else:
         _, _, experts, capacity = ops.shape(routing.dispatch_mask)
         mask = ops.cast(routing.dispatch_mask, tokens.dtype)
         buffers = ops.einsum("gtec,gth->egch", mask, tokens)
-    else:
-        raise _unknown(routing)
     return ops.reshape(buffers, (1, experts, groups * capacity, hidden))
 
 
@@ -48,6 +47,7 @@ def combine(outputs, routing):
     Returns:
         `[g, t, h]`.
     """
+    check_routing(routing)
     _, experts, slots, hidden = ops.shape(outputs)
     dtype = outputs.dtype
     outputs = ops.cast(outputs, keras.backend.result_type(dtype, "float32"))
@@ -59,23 +59,14 @@ def combine(outputs, routing):
         index = _expert_major(routing.flat_token_index)
         results = scatter_add_rows(rows, index, groups * t)
         results = ops.reshape(results, (groups, t, hidden))
-    elif isinstance(routing, RouterMask):
+    else:
         groups, _, _, capacity = ops.shape(routing.combine_array)
         weight = ops.cast(routing.combine_array, outputs.dtype)
         outputs = ops.reshape(outputs, (experts, groups, capacity, hidden))
         results = ops.einsum("gtec,egch->gth", weight, outputs)
-    else:
-        raise _unknown(routing)
     return ops.cast(results, dtype)
 
 
 def _expert_major(x):
     """`[g, e, c]` to `[e·g·c]`, the order of the buffers."""
     return ops.reshape(ops.transpose(x, (1, 0, 2)), (-1,))
-
-
-def _unknown(routing):
-    return TypeError(
-        "A router must return `Slots` or a `RouterMask`. "
-        f"Received: {type(routing).__name__}."
-    )

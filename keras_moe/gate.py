@@ -172,6 +172,11 @@ class Gate(keras.layers.Layer):
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.num_experts)
 
+    def compute_output_spec(self, inputs, training=None, return_logits=False):
+        shape = self.compute_output_shape(inputs.shape)
+        probs, logits = (keras.KerasTensor(shape, dtype="float32") for _ in range(2))
+        return (probs, logits) if return_logits else probs
+
     def get_config(self):
         config = super().get_config()
         del config["dtype"]

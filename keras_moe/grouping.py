@@ -10,6 +10,8 @@ import math
 
 from keras import ops
 
+from keras_moe.kernels import clip_size
+
 
 def group(inputs, mask, examples_per_group):
     """Cuts tokens into groups.
@@ -80,14 +82,31 @@ def expert_capacity(t, num_experts, capacity_factor, min_expert_capacity):
         An int, or a scalar int32 tensor where `t` is one.
     """
     if isinstance(t, int):
-        capacity = round(capacity_factor * t / num_experts)
-        return min(max(capacity, min_expert_capacity), t)
+        share = min(capacity_factor * t / num_experts, t)
+        return min(max(round(share), min_expert_capacity), t)
+    if not ops.is_tensor(t):
+        return _symbolic_capacity(t, num_experts, capacity_factor, min_expert_capacity)
     # Compilers turn a division by a constant into a multiplication, which
     # misses exact halves; this divisor equals num_experts and is no constant.
     divisor = ops.maximum(ops.minimum(t, num_experts), num_experts)
-    share = capacity_factor * ops.cast(t, "float64") / ops.cast(divisor, "float64")
+    t64, divisor = ops.cast(t, "float64"), ops.cast(divisor, "float64")
+    share = ops.minimum(capacity_factor * t64 / divisor, t64)
     capacity = ops.cast(ops.round(share), "int32")
     return ops.minimum(ops.maximum(capacity, min_expert_capacity), t)
+
+
+def _symbolic_capacity(t, num_experts, capacity_factor, min_expert_capacity):
+    """The same for a dimension of which JAX knows the name alone.
+
+    Such a dimension takes part in whole-number arithmetic only.
+    """
+    numerator, denominator = capacity_factor.as_integer_ratio()
+    twice = 2 * num_experts * denominator
+    share = 2 * numerator * t + num_experts * denominator  # over twice: + 1/2
+    rounded = share // twice
+    is_half = 1 - (share % twice + twice - 1) // twice
+    capacity = rounded - is_half * (rounded % 2)
+    return clip_size(capacity, min_expert_capacity, t)
 
 
 def _rows(shape, examples_per_group):
@@ -96,7 +115,7 @@ def _rows(shape, examples_per_group):
     length = math.prod(inner)
     if examples_per_group is None:
         return 1, batch * length, _at_least_one(batch * length)
-    if examples_per_group == 1:
+    if examples_per_group == 1 and (not isinstance(length, int) or length):
         return batch, length, length
     if examples_per_group > 1:
         return 1, batch * length, _at_least_one(int(examples_per_group) * length)
@@ -112,4 +131,4 @@ def _fills_groups(length, t):
 
 
 def _at_least_one(size):
-    return max(size, 1) if isinstance(size, int) else ops.maximum(size, 1)
+    return ops.maximum(size, 1) if ops.is_tensor(size) else max(size, 1)

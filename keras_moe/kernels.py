@@ -38,6 +38,22 @@ def plain_scatter_add_rows(rows, index, num_rows):
     return ops.segment_sum(rows, target, num_segments=num_rows + 1)[:num_rows]
 
 
+def clip_size(size, low, high):
+    """A symbolic dimension of JAX between two others."""
+    import jax
+
+    return jax.core.min_dim(jax.core.max_dim(size, low), high)
+
+
+def is_traced(x):
+    """Whether a tensor is JAX's stand-in for values in a trace."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(x, jax.core.Tracer)
+
+
 def _tensorflow_kernels():
     import tensorflow as tf
 

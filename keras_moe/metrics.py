@@ -3,6 +3,8 @@
 import keras
 from keras import ops
 
+from keras_moe.kernels import is_traced
+
 
 def routing_statistics(routing, valid):
     """How a routing used its experts, as float32 scalars.
@@ -24,7 +26,7 @@ def routing_statistics(routing, valid):
     return {
         "fraction_tokens_left_behind": _share(valid - served, valid),
         "router_confidence": _share(ops.sum(routing.weight), total),
-        "expert_usage": ops.mean(filled),
+        "expert_usage": _share(total, ops.sum(ops.ones_like(filled))),
     }
 
 
@@ -53,12 +55,16 @@ class LayerMetrics:
     Args:
         *args: forwarded to the layer class.
         export_metrics: `True`, `False` (`add_metric` then does nothing), or a
-            tuple of the names to keep.
+            tuple of the names to keep. It is no part of the config; a layer
+            that takes it says so there.
         **kwargs: forwarded to the layer class.
 
     Raises:
         TypeError: if `export_metrics` is something else.
     """
+
+    # Before `__init__`, where Keras may already ask for `variables`.
+    export_metrics = False
 
     def __init__(self, *args, export_metrics=True, **kwargs):
         super().__init__(*args, **kwargs)
@@ -80,6 +86,10 @@ class LayerMetrics:
         Args:
             value: a scalar.
             name: a string; a name given again is the same metric.
+
+        Raises:
+            ValueError: if the value is no scalar.
+            TypeError: if the name is no string.
         """
         self.add_metrics({name: value})
 
@@ -99,7 +109,7 @@ class LayerMetrics:
     @property
     def metrics_prefix(self):
         """What stands before a metric's name: the layer's path."""
-        return self.path
+        return self.path or self.name
 
     @property
     def metrics(self):
@@ -143,28 +153,40 @@ class _RunningMeans:
 
     def update(self, values, prefix):
         for name in values:
+            if not isinstance(name, str):
+                raise TypeError(
+                    f"A metric's name must be a string. Received: {name!r}."
+                )
             if name not in self._columns:
                 self._add_column(name, prefix)
         nothing = ops.zeros((), dtype="float32")
         sums = [nothing] * self.room
         counts = [0.0] * self.room
         for name, value in values.items():
-            value = ops.cast(ops.convert_to_tensor(value), "float32")
-            sums[self._columns[name]] = ops.stop_gradient(value)
+            sums[self._columns[name]] = _scalar(name, value)
             counts[self._columns[name]] = 1.0
         counts = ops.convert_to_tensor(counts, dtype="float32")
-        self.state.assign_add(ops.stack([ops.stack(sums), counts]))
+        update = ops.stack([ops.stack(sums), counts])
+        traced = is_traced(update)
+        if traced and not is_traced(ops.convert_to_tensor(self.state)):
+            # Compiled by somebody who does not carry the layer's state: what
+            # would be assigned means nothing outside.
+            return
+        self.state.assign_add(update)
         # A compiled JAX step asks for results before the variable has its new
         # value; this is that value, as long as the step is being traced.
-        self._traced = ops.stop_gradient(ops.convert_to_tensor(self.state))
+        state = ops.stop_gradient(ops.convert_to_tensor(self.state))
+        self._traced = state if traced else None
 
     def result(self, column):
         for state in (self._traced, self.state):
+            if state is None:
+                continue
             try:
                 total, count = state[0, column], state[1, column]
                 return total / ops.maximum(count, 1.0)
             except (TypeError, ValueError):
-                # None yet, or of a trace that has ended.
+                # Of a trace that has ended, or without a value in this one.
                 continue
         # Keeps the key in the logs; Keras fills in the value after the epoch.
         return float("nan")
@@ -184,6 +206,15 @@ class _RunningMeans:
             )
         self._columns[name] = column
         self.views.append(_View(self, column, name=f"{prefix}/{name}"))
+
+
+def _scalar(name, value):
+    value = ops.cast(ops.convert_to_tensor(value), "float32")
+    if len(value.shape):
+        raise ValueError(
+            f"A metric must be a scalar. Received: {name!r} of shape {value.shape}."
+        )
+    return ops.stop_gradient(value)
 
 
 class _View(keras.metrics.Metric):

@@ -9,7 +9,7 @@ from keras_moe import checks, losses
 from keras_moe.base_layer import BaseMoeLayer
 from keras_moe.grouping import expert_capacity
 from keras_moe.routers import Router
-from keras_moe.routing import Slots
+from keras_moe.routing import check_slots
 from keras_moe.serialization import with_parts
 
 
@@ -119,11 +119,7 @@ class MoeLayer(BaseMoeLayer):
             A float32 scalar: 1 at balance, `e / k` when all tokens are sure of
             the same expert, 0 for no tokens.
         """
-        if not isinstance(routing, Slots):
-            raise TypeError(
-                "`balance_loss` needs the probabilities that `Slots` hold. "
-                f"Received: {type(routing).__name__}."
-            )
+        check_slots(routing)
         return losses.load_balancing_loss(routing.probs, routing.load)
 
     def _check_router(self, router):

@@ -18,7 +18,8 @@ class Slots(NamedTuple):
         probs: float32 `[g, t, e]`, the router's probabilities: 1 in sum for a
             valid token, 0 for a masked one.
         load: float32 `[g, e]`, the share of the group's wanted assignments
-            that each expert has, before any capacity: 1 in sum.
+            that each expert has: 1 in sum. Where tokens choose, it is before
+            any capacity.
     """
 
     token_index: Any
@@ -68,7 +69,8 @@ class RouterMask(NamedTuple):
 
     It costs `g · t · e · c` numbers and matrix products of as many rows, so it
     is for routers carried over from Model Garden, for routings whose slots
-    mix tokens, and for tests.
+    mix tokens, and for tests. As 0 times NaN is NaN, a token that is NaN spoils
+    its whole group, which `Slots` prevent.
 
     Attributes:
         dispatch_mask: float `[g, t, e, c]`: 1 where the token sits in the slot.
@@ -93,3 +95,21 @@ class RouterMask(NamedTuple):
     def slots_per_token(self):
         """float32 `[g, t]`: in how many slots each token sits."""
         return ops.sum(ops.cast(self.dispatch_mask, "float32"), axis=(2, 3))
+
+
+def check_routing(routing):
+    """Raises a TypeError for what is no routing."""
+    if not isinstance(routing, (Slots, RouterMask)):
+        raise TypeError(
+            "A router must return `Slots` or a `RouterMask`. "
+            f"Received: {type(routing).__name__}."
+        )
+
+
+def check_slots(routing):
+    """Raises a TypeError for a routing without probabilities."""
+    if not isinstance(routing, Slots):
+        raise TypeError(
+            "The balance loss needs the probabilities that `Slots` hold. "
+            f"Received: {type(routing).__name__}."
+        )

@@ -54,7 +54,7 @@ def test_examples_per_group(value):
     assert checks.examples_per_group(value) == value
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 0.4, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.4, 1e-320, math.nan, math.inf])
 def test_examples_per_group_that_are_neither_whole_nor_one_over_whole(value):
     with pytest.raises(ValueError, match="`examples_per_group` must be"):
         checks.examples_per_group(value)

@@ -156,3 +156,10 @@ def test_config_of_every_argument():
     assert copy.get_config() == config
     assert copy.hidden_layers == [7, 6] and copy.mechanism == "gumbel"
     assert (copy.noise_std, copy.jitter_noise, copy.use_bias) == (0.5, 0.25, False)
+
+
+def test_logits_of_a_symbolic_call():
+    x = keras.Input((3, 4))
+    model = keras.Model(x, Gate(5)(x, return_logits=True))
+    probs, logits = model.predict(np.ones((2, 3, 4)), verbose=0)
+    np.testing.assert_allclose(probs, oracle.softmax(logits), rtol=1e-5)

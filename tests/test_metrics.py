@@ -260,3 +260,51 @@ def test_views_are_not_updated_by_hand():
 def test_bad_export_metrics(value):
     with pytest.raises(TypeError, match="`export_metrics` must be"):
         Watched(export_metrics=value)
+
+
+def test_a_model_with_metrics_of_its_own():
+    class Functional(LayerMetrics, keras.Model):
+        def __init__(self):
+            inputs = keras.Input((2,))
+            super().__init__(inputs, keras.layers.Dense(2)(inputs))
+
+    class Subclass(LayerMetrics, keras.Model):
+        def __init__(self):
+            super().__init__(name="mine")
+            self.dense = keras.layers.Dense(2)
+
+        def call(self, inputs):
+            self.add_metric(ops.sum(inputs), "total")
+            return self.dense(inputs)
+
+    assert Functional().metrics == []
+    model = Subclass()
+    model.compile("sgd", "mse")
+    logs = model.evaluate(X, X, batch_size=6, return_dict=True, verbose=0)
+    assert logs["mine/total"] == pytest.approx(X.sum())
+
+
+def test_a_symbolic_call_leaves_the_values_alone():
+    layer = Watched(name="a")
+    layer(X)
+    layer(keras.Input((2,)))
+    assert float(layer.metrics[0].result()) == pytest.approx(X.sum())
+
+
+def test_a_compiler_that_does_not_carry_the_state_does_no_harm():
+    if keras.backend.backend() != "jax":
+        pytest.skip("jax.jit is JAX's")
+    import jax
+
+    layer = Watched(name="a")
+    jax.jit(lambda x: layer(x))(X)
+    layer(X)
+    assert float(layer.metrics[0].result()) == pytest.approx(X.sum())
+
+
+def test_bad_metrics():
+    layer = Watched(name="a")
+    with pytest.raises(ValueError, match=r"must be a scalar.*'vector'"):
+        layer.add_metric(X, "vector")
+    with pytest.raises(TypeError, match="name must be a string"):
+        layer.add_metric(1.0, 3)

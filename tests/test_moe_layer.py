@@ -510,7 +510,7 @@ class MaskedMatmulRouter(MaskedRouter):
     """Returns Model Garden's dense arrays."""
 
     def compute_routing(self, probs, expert_capacity, training=None):
-        slots = super().compute_routing(probs, expert_capacity, training)
+        slots = MaskedRouter.compute_routing(self, probs, expert_capacity, training)
         return RouterMask(slots.dispatch_mask, slots.combine_array)
 
     def load_balancing_loss(self, routing):
@@ -658,3 +658,95 @@ def test_place_and_top_k_are_what_the_router_does(rng):
     again = place(top_k(routing.probs, 2), routing.probs, 4)
     for a, b in zip(routing, again, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
+
+
+class Block(keras.layers.Layer):
+    """A block that is given its layer, and says nothing of shapes."""
+
+    def __init__(self, moe, **kwargs):
+        super().__init__(**kwargs)
+        self.moe = moe
+
+    def call(self, x):
+        return x + self.moe(x)
+
+    def get_config(self):
+        moe = keras.saving.serialize_keras_object(self.moe)
+        return {**super().get_config(), "moe": moe}
+
+    @classmethod
+    def from_config(cls, config):
+        moe = keras.saving.deserialize_keras_object(config.pop("moe"))
+        return cls(moe, **config)
+
+
+@pytest.mark.parametrize("examples", [1, 2, 0.5, None])
+@pytest.mark.parametrize("length", [None, 8])
+def test_symbolic_calls_with_unknown_sizes(examples, length, rng):
+    for k in (2, None):
+        x = keras.Input((length, H))
+        layer = make_moe(k, factor=2.0, examples_per_group=examples)
+        model = keras.Model(x, Block(layer)(x))
+        data = inputs(rng, 3, 8)
+        expected = data + numpy_call(layer, data)
+        found = model.predict(data, verbose=0)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        layer(x, return_routing=True)
+
+
+def test_blocks_that_hold_layers_keep_them_apart(rng, tmp_path):
+    x = keras.Input((8, H))
+    y = Block(make_moe(name="moe"), name="a")(x)
+    y = Block(make_moe(name="moe"), name="b")(y)
+    model = keras.Model(x, y)
+    data = inputs(rng, 4, 8)
+    model.save(tmp_path / "model.keras")
+    file = tmp_path / "model.keras"
+    loaded = keras.models.load_model(file, custom_objects={"Block": Block})
+    for other in (model, loaded, keras.models.clone_model(model)):
+        other.compile("sgd", "mse")
+        logs = other.evaluate(data, data, return_dict=True, verbose=0)
+        assert {"a/moe/expert_usage", "b/moe/expert_usage"} <= set(logs)
+        assert [w.path for w in other.weights] == [w.path for w in model.weights]
+
+
+def test_a_factor_beyond_all_numbers_means_no_drops(rng):
+    layer = make_moe(factor=1e30, examples_per_group=None)
+    x = keras.Input((None, H))
+    model = keras.Model(x, layer(x))
+    data = inputs(rng, 3, 8)
+    served = ops.convert_to_numpy(layer.route(data).slots_per_token)
+    assert (served == 1).all()
+    expected = numpy_call(layer, data)
+    np.testing.assert_allclose(model.predict(data, verbose=0), expected, atol=1e-5)
+
+
+def test_the_output_has_the_layer_s_dtype_and_not_the_experts_s(rng):
+    layer = MoeLayer(FeedForwardExperts(E, F), MaskedRouter(E), dtype="bfloat16")
+    assert layer(keras.Input((8, H))).dtype == "bfloat16"
+    outputs = layer(inputs(rng, 2, 8))
+    assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
+def test_nothing_at_all(shape, rng):
+    for examples in (1, 2, None):
+        layer = make_moe(examples_per_group=examples)
+        outputs = numpy_call(layer, inputs(rng, *shape))
+        assert outputs.shape == (*shape, H)
+        assert set(by_name(layer).values()) == {0.0}
+
+
+def test_a_router_that_returns_something_else():
+    class Wrong(Router):
+        def compute_routing(self, probs, expert_capacity, training=None):
+            return probs, probs
+
+    with pytest.raises(TypeError, match=r"`Slots` or a `RouterMask`.*tuple"):
+        make_moe(router=Wrong(E))(np.zeros((2, 4, H), "float32"))
+
+    class Dense(MaskedRouter):
+        compute_routing = MaskedMatmulRouter.compute_routing
+
+    with pytest.raises(TypeError, match="probabilities that `Slots` hold"):
+        make_moe(router=Dense(E))(np.zeros((2, 4, H), "float32"))

@@ -5,6 +5,7 @@ import keras
 from keras_moe import checks, losses
 from keras_moe.placement import PRIORITIES, place, wanted_load
 from keras_moe.routers.router import Router
+from keras_moe.routing import check_slots
 from keras_moe.selection import next_best, normalized, top_k
 
 
@@ -26,6 +27,7 @@ class TokensChooseRouter(Router):
         )
 
     def load_balancing_loss(self, routing):
+        check_slots(routing)
         return losses.load_balancing_loss(routing.probs, routing.load)
 
     def get_config(self):

@@ -7,6 +7,7 @@ from keras_moe import checks, initializers
 from keras_moe.gate import Gate
 from keras_moe.losses import router_z_loss
 from keras_moe.metrics import LayerMetrics, routing_statistics
+from keras_moe.routing import check_routing
 
 
 class Router(LayerMetrics, keras.layers.Layer):
@@ -89,8 +90,16 @@ class Router(LayerMetrics, keras.layers.Layer):
             bias_initializer=bias_initializer,
             name="router_weights",
         )
-        self.num_experts = self.router_weights.num_experts
-        self.mechanism = self.router_weights.mechanism
+        gate = self.router_weights
+        self.num_experts = gate.num_experts
+        self.hidden_layers = gate.hidden_layers
+        self.mechanism = gate.mechanism
+        self.noise_std = gate.noise_std
+        self.jitter_noise = gate.jitter_noise
+        self.use_bias = gate.use_bias
+        self.kernel_initializer = gate.kernel_initializer
+        self.bias_initializer = gate.bias_initializer
+        self.input_spec = keras.InputSpec(ndim=3)
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -138,6 +147,7 @@ class Router(LayerMetrics, keras.layers.Layer):
         if mask is not None:
             probs = ops.where(ops.expand_dims(mask, -1), probs, 0.0)
         routing = self.compute_routing(probs, expert_capacity, training=training)
+        check_routing(routing)
         return routing, logits
 
     def report(self, routing, logits, mask):
@@ -191,17 +201,16 @@ class Router(LayerMetrics, keras.layers.Layer):
         return self.path.removesuffix("/router")
 
     def get_config(self):
-        gate = self.router_weights
         return {
             **super().get_config(),
             "num_experts": self.num_experts,
-            "hidden_layers": gate.hidden_layers,
-            "mechanism": gate.mechanism,
-            "noise_std": gate.noise_std,
-            "jitter_noise": gate.jitter_noise,
-            "use_bias": gate.use_bias,
-            "kernel_initializer": initializers.serialize(gate.kernel_initializer),
-            "bias_initializer": initializers.serialize(gate.bias_initializer),
+            "hidden_layers": self.hidden_layers,
+            "mechanism": self.mechanism,
+            "noise_std": self.noise_std,
+            "jitter_noise": self.jitter_noise,
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
             "router_z_loss_weight": self.router_z_loss_weight,
             "export_metrics": self.export_metrics,
         }
