@@ -15,7 +15,7 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
 	@echo "make test        the tests, on one backend"
-	@echo "make test-all    the tests, on all three backends"
+	@echo "make test-all    the tests, on all three backends, and files between them"
 	@echo "make test-peers  parity with Model Garden and mixture-of-experts"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense feed-forward layer"
@@ -24,12 +24,13 @@ demo: .venv/with-$(KERAS_BACKEND) .venv/with-examples
 	$(bin)/python examples/char_lm.py $(DEMO)
 
 test: .venv/with-$(KERAS_BACKEND) .venv/with-test
-	$(pytest) tests --ignore tests/peers
+	$(pytest) tests --ignore tests/peers --ignore tests/cross
 
 test-all:
 	$(MAKE) test KERAS_BACKEND=tensorflow
 	$(MAKE) test KERAS_BACKEND=jax
 	$(MAKE) test KERAS_BACKEND=torch
+	$(bin)/python -m pytest --quiet tests/cross
 
 # Model Garden without its many dependencies, of which its MoE layers use none.
 test-peers: .venv/with-tensorflow .venv/with-torch .venv/with-test

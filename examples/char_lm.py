@@ -67,8 +67,8 @@ def main(arguments=None):
     moe = results["MoE"]
     moe["model"].save(options.output / "moe.keras")
     evaluate_afresh(options.output / "moe.keras", options.seed, moe["bits"][-1])
-    load = expert_load(moe["model"], held_out[0])
-    draw(results, load, options.output / "char_lm.png")
+    routing = routings(moe["model"], held_out[0])
+    draw(results, routing, options.output / "char_lm.png")
     print(f"moe.keras and char_lm.png, the picture, are in {options.output}.")
 
 
@@ -107,8 +107,9 @@ def batches(text, seed):
 
 
 def examples(text):
-    """The whole text, as windows side by side."""
-    return windows(text, np.arange(0, len(text) - LENGTH, LENGTH))
+    """The whole text (but for a last, smaller batch), as windows side by side."""
+    batches = (len(text) - 1) // (BATCH * LENGTH)
+    return windows(text, LENGTH * np.arange(batches * BATCH))
 
 
 def windows(text, starts):
@@ -172,13 +173,17 @@ def active_parameters(model):
     return model.count_params() - experts + experts // EXPERTS
 
 
-def expert_load(model, characters):
-    """For each MoE layer, by name: the share of the tokens that want each expert."""
-    layers = moe_layers(model)
-    inputs = keras.Model(model.input, {layer.name: layer.input for layer in layers})
-    inputs = inputs.predict(characters, verbose=0)
-    load = {layer.name: layer.route(inputs[layer.name]).load for layer in layers}
-    return {name: ops.convert_to_numpy(x).mean(axis=0) for name, x in load.items()}
+def routings(model, characters):
+    """For each MoE layer, by name: the routing of its real input."""
+    layers = {x.name: x for x in moe_layers(model)}
+    inputs = keras.Model(model.input, {name: x.input for name, x in layers.items()})
+    tokens = inputs.predict(characters, batch_size=BATCH, verbose=0)
+    return {name: x.route(tokens[name]) for name, x in layers.items()}
+
+
+def expert_load(routing):
+    """The share of tokens that want each expert, over all groups."""
+    return ops.convert_to_numpy(routing.load).mean(axis=0)
 
 
 # Training
@@ -269,8 +274,9 @@ def generate(model, prompt, characters, seed):
 # The picture, with colours that differ in brightness
 
 
-def draw(results, load, file):
+def draw(results, routing, file):
     """Draws what the models learned, and how each MoE layer uses its experts."""
+    load = {layer: expert_load(x) for layer, x in routing.items()}
     top = 1.2 * max(share.max() for share in load.values())
     figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
     curves, *bars = figure.subplot_mosaic([["curves", x] for x in load]).values()

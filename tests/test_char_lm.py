@@ -64,10 +64,12 @@ def test_both_models_are_given_the_same_batches(char_lm):
         np.testing.assert_array_equal(one, other)
 
 
-def test_examples_cover_the_text_once(char_lm):
-    text = np.arange(3 * char_lm.LENGTH + 5, dtype="int32")
-    x, y = char_lm.examples(text)
-    np.testing.assert_array_equal(x.ravel(), text[: 3 * char_lm.LENGTH])
+@pytest.mark.parametrize("more", [1, 1000])
+def test_examples_are_the_text_in_whole_batches(char_lm, more):
+    length = 2 * char_lm.BATCH * char_lm.LENGTH
+    x, y = char_lm.examples(np.arange(length + more))
+    assert x.shape == (2 * char_lm.BATCH, char_lm.LENGTH)
+    np.testing.assert_array_equal(x.ravel(), np.arange(length))
     np.testing.assert_array_equal(y, x + 1)
 
 
@@ -118,13 +120,9 @@ def changes_of_logits(model, pairs):
 
 def dropped_tokens(char_lm, model, pairs):
     """For each MoE layer a bool in the shape of the pairs: tokens without a slot."""
-    layers = char_lm.moe_layers(model)
-    inputs = keras.Model(model.input, [x.input for x in layers])
-    inputs = inputs.predict(pairs.reshape(-1, pairs.shape[-1]), verbose=0)
-    slots = [
-        layer.route(x).slots_per_token for layer, x in zip(layers, inputs, strict=True)
-    ]
-    return [ops.convert_to_numpy(x).reshape(pairs.shape) == 0 for x in slots]
+    routings = char_lm.routings(model, pairs.reshape(-1, pairs.shape[-1]))
+    slots = [ops.convert_to_numpy(x.slots_per_token) for x in routings.values()]
+    return [x.reshape(pairs.shape) == 0 for x in slots]
 
 
 def test_no_prediction_depends_on_a_later_character(char_lm, moe):
@@ -156,19 +154,18 @@ def test_a_prediction_can_depend_on_later_characters_if_experts_choose(char_lm):
 
 
 def test_the_load_is_what_the_layers_see(char_lm, moe):
-    rng = np.random.default_rng(0)
-    characters = rng.integers(ALPHABET, size=(3, char_lm.LENGTH)).astype("int32")
-    load = char_lm.expert_load(moe, characters)
+    characters = later_characters_changed(char_lm.LENGTH).reshape(-1, char_lm.LENGTH)
+    load = {
+        k: char_lm.expert_load(x) for k, x in char_lm.routings(moe, characters).items()
+    }
     assert list(load) == ["block_0", "block_1"]
-    for share in load.values():
-        assert share.shape == (char_lm.EXPERTS,)
-        assert share.sum() == pytest.approx(1)
-    # The first layer's input, from the layers before it.
-    first = char_lm.moe_layers(moe)[0]
-    x = keras.Model(moe.input, first.input).predict(characters, verbose=0)
-    probs = ops.convert_to_numpy(first.router.router_weights(x))
-    wanted = np.bincount(probs.argmax(axis=-1).ravel(), minlength=char_lm.EXPERTS)
-    np.testing.assert_allclose(load["block_0"], wanted / wanted.sum(), atol=1e-6)
+    assert [x.sum() for x in load.values()] == pytest.approx([1, 1])
+    # Counted again at the first layer.
+    layer = char_lm.moe_layers(moe)[0]
+    x = keras.Model(moe.input, layer.input).predict(characters, verbose=0)
+    wanted = ops.convert_to_numpy(layer.router.router_weights(x)).argmax(axis=-1)
+    share = np.bincount(wanted.ravel(), minlength=char_lm.EXPERTS) / wanted.size
+    np.testing.assert_allclose(load["block_0"], share, atol=1e-6)
 
 
 # Writing

@@ -1,0 +1,67 @@
+"""A file written on one backend loads on the others, in a fresh process."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+BACKENDS = ("tensorflow", "jax", "torch")
+ROOT = pathlib.Path(__file__).parents[2]
+
+WRITE = """
+import sys
+import keras
+import numpy as np
+import keras_moe
+
+def make(router, **kwargs):
+    experts = keras_moe.FeedForwardExperts(4, 16, kernel_initializer="he_normal")
+    return keras_moe.MoeLayer(experts, router, train_capacity_factor=2.0, **kwargs)
+
+x = keras.Input((None, 8))
+y = x + make(keras_moe.BiasBalancedMaskedRouter(4, bias_update_rate=0.1))(x)
+y = y + keras_moe.MoeLayerWithBackbone(
+    make(keras_moe.ExpertsChooseMaskedRouter(4), examples_per_group=2), 8)(y)
+y = y + keras_moe.SoftMoeLayer(keras_moe.FeedForwardExperts(4, 16))(y)
+y = y + keras_moe.HierarchicalMoeLayer(
+    keras_moe.FeedForwardExperts(4, 16),
+    keras_moe.Top2MaskedRouter(2, name="outer"),
+    keras_moe.Top2MaskedRouter(2, name="inner"))(y)
+model = keras.Model(x, y)
+model.compile("adam", "mse")
+data = np.random.default_rng(0).normal(size=(5, 12, 8)).astype("float32")
+model.fit(data, data, verbose=0)
+model.save(sys.argv[1] + "/model.keras")
+np.savez(sys.argv[1] + "/data.npz", x=data, y=model.predict(data, verbose=0))
+"""
+
+READ = """
+import sys
+import keras
+import numpy as np
+import keras_moe
+
+model = keras.models.load_model(sys.argv[1] + "/model.keras", compile=False)
+data = np.load(sys.argv[1] + "/data.npz")
+found = model.predict(data["x"], verbose=0)
+np.testing.assert_allclose(found, data["y"], atol=1e-4)
+model.compile("adam", "mse")
+history = model.fit(data["x"], data["x"], epochs=3, verbose=0).history
+assert history["loss"][-1] < history["loss"][0]
+"""
+
+
+@pytest.mark.parametrize("written", BACKENDS)
+def test_a_file_loads_everywhere_and_trains_on(written, tmp_path):
+    run(WRITE, written, tmp_path)
+    for read in BACKENDS:
+        run(READ, read, tmp_path)
+
+
+def run(program, backend, folder):
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program, str(folder)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{backend}: {result.stderr[-3000:]}"
