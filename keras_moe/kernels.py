@@ -8,6 +8,10 @@ best. An index of -1 means no row.
 import keras
 from keras import ops
 
+# Whether a training step is given a model's state and returns it, instead of
+# changing it.
+CARRIES_STATE = keras.backend.backend() == "jax"
+
 
 def plain_gather_rows(x, index):
     """Rows of `x` by index, a row of zeros for -1.
@@ -43,15 +47,6 @@ def clip_size(size, low, high):
     import jax
 
     return jax.core.min_dim(jax.core.max_dim(size, low), high)
-
-
-def is_traced(x):
-    """Whether a tensor is JAX's stand-in for values in a trace."""
-    if keras.backend.backend() != "jax":
-        return False
-    import jax
-
-    return isinstance(x, jax.core.Tracer)
 
 
 def _tensorflow_kernels():

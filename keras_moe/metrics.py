@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_moe.kernels import is_traced
+from keras_moe.kernels import CARRIES_STATE
 
 
 def routing_statistics(routing, valid):
@@ -166,17 +166,11 @@ class _RunningMeans:
             sums[self._columns[name]] = _scalar(name, value)
             counts[self._columns[name]] = 1.0
         counts = ops.convert_to_tensor(counts, dtype="float32")
-        update = ops.stack([ops.stack(sums), counts])
-        traced = is_traced(update)
-        if traced and not is_traced(ops.convert_to_tensor(self.state)):
-            # Compiled by somebody who does not carry the layer's state: what
-            # would be assigned means nothing outside.
-            return
-        self.state.assign_add(update)
-        # A compiled JAX step asks for results before the variable has its new
-        # value; this is that value, as long as the step is being traced.
-        state = ops.stop_gradient(ops.convert_to_tensor(self.state))
-        self._traced = state if traced else None
+        self.state.assign_add(ops.stack([ops.stack(sums), counts]))
+        # A JAX step asks for results before the variable has its new value;
+        # this is that value, for as long as the step is being traced.
+        if CARRIES_STATE:
+            self._traced = ops.stop_gradient(ops.convert_to_tensor(self.state))
 
     def result(self, column):
         for state in (self._traced, self.state):

@@ -291,17 +291,6 @@ def test_a_symbolic_call_leaves_the_values_alone():
     assert float(layer.metrics[0].result()) == pytest.approx(X.sum())
 
 
-def test_a_compiler_that_does_not_carry_the_state_does_no_harm():
-    if keras.backend.backend() != "jax":
-        pytest.skip("jax.jit is JAX's")
-    import jax
-
-    layer = Watched(name="a")
-    jax.jit(lambda x: layer(x))(X)
-    layer(X)
-    assert float(layer.metrics[0].result()) == pytest.approx(X.sum())
-
-
 def test_bad_metrics():
     layer = Watched(name="a")
     with pytest.raises(ValueError, match=r"must be a scalar.*'vector'"):
