@@ -3,10 +3,8 @@
 import keras
 from keras import ops
 
-from keras_moe import checks
-from keras_moe.base_layer import BaseMoeLayer
+from keras_moe.capacity_layer import CapacityMoeLayer
 from keras_moe.dispatch import dispatch
-from keras_moe.grouping import expert_capacity
 from keras_moe.losses import router_z_loss
 from keras_moe.placement import compose, place, wanted_load
 from keras_moe.routers import Router, Top2MaskedRouter
@@ -14,7 +12,7 @@ from keras_moe.serialization import with_parts
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class HierarchicalMoeLayer(BaseMoeLayer):
+class HierarchicalMoeLayer(CapacityMoeLayer):
     """A Mixture-of-Experts layer with two levels of routing.
 
     The outer router carries tokens to groups of experts. In each group the
@@ -69,20 +67,17 @@ class HierarchicalMoeLayer(BaseMoeLayer):
         **kwargs,
     ):
         super().__init__(
-            experts, examples_per_group=examples_per_group, name=name, **kwargs
+            experts,
+            train_capacity_factor=train_capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            examples_per_group=examples_per_group,
+            min_expert_capacity=min_expert_capacity,
+            name=name,
+            **kwargs,
         )
         self._check_routers(outer_router, inner_router)
         self.outer_router = outer_router
         self.inner_router = inner_router
-        self.train_capacity_factor = checks.number(
-            "train_capacity_factor", train_capacity_factor, above=True
-        )
-        self.eval_capacity_factor = checks.number(
-            "eval_capacity_factor", eval_capacity_factor, above=True
-        )
-        self.min_expert_capacity = checks.whole_number(
-            "min_expert_capacity", min_expert_capacity
-        )
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -95,18 +90,9 @@ class HierarchicalMoeLayer(BaseMoeLayer):
             self.inner_router.build((None, outer, None, hidden))
 
     def decide(self, tokens, mask, training, report=True):
-        outer = self._decide_outer(tokens, mask, training, report)
+        outer = self.ask(self.outer_router, tokens, mask, training, report)
         inner = self._decide_inner(tokens, outer, training, report)
         return compose(outer, inner)
-
-    def _decide_outer(self, tokens, mask, training, report):
-        router = self.outer_router
-        return (router if report else router.route)(
-            tokens,
-            expert_capacity=self._capacity(ops.shape(tokens)[1], router, training),
-            mask=mask,
-            training=training,
-        )
 
     def _decide_inner(self, tokens, outer, training, report):
         """`Slots` with a group for each slot buffer `c` of the outer level."""
@@ -125,7 +111,7 @@ class HierarchicalMoeLayer(BaseMoeLayer):
         important = ops.logical_and(valid, weight > 0.5)
         probs = ops.where(ops.expand_dims(valid, -1), probs, 0.0)
         first, both = router.choose(probs, training, important)
-        slots = place(both, probs, self._capacity(c, router, training))
+        slots = place(both, probs, self.capacity(c, router, training))
         slots = slots._replace(load=wanted_load(first, router.num_experts))
         if report:
             self._report_inner(slots, first, important, logits, valid)
@@ -148,12 +134,6 @@ class HierarchicalMoeLayer(BaseMoeLayer):
             z_loss=router_z_loss(logits, valid),
             balance_loss=router.num_experts * ops.mean(loss),
             valid=ops.sum(ops.cast(valid, "float32")),
-        )
-
-    def _capacity(self, tokens, router, training):
-        factor = self.train_capacity_factor if training else self.eval_capacity_factor
-        return expert_capacity(
-            tokens, router.num_experts, factor, self.min_expert_capacity
         )
 
     def _check_routers(self, outer_router, inner_router):
@@ -186,9 +166,6 @@ class HierarchicalMoeLayer(BaseMoeLayer):
             **super().get_config(),
             "outer_router": keras.saving.serialize_keras_object(self.outer_router),
             "inner_router": keras.saving.serialize_keras_object(self.inner_router),
-            "train_capacity_factor": self.train_capacity_factor,
-            "eval_capacity_factor": self.eval_capacity_factor,
-            "min_expert_capacity": self.min_expert_capacity,
         }
 
     @classmethod

@@ -3,18 +3,16 @@
 import warnings
 
 import keras
-from keras import ops
 
-from keras_moe import checks, losses
-from keras_moe.base_layer import BaseMoeLayer
-from keras_moe.grouping import expert_capacity
+from keras_moe import losses
+from keras_moe.capacity_layer import CapacityMoeLayer
 from keras_moe.routers import Router
 from keras_moe.routing import check_slots
 from keras_moe.serialization import with_parts
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoeLayer(BaseMoeLayer):
+class MoeLayer(CapacityMoeLayer):
     """A sparse Mixture-of-Experts layer.
 
     Each token goes to a few experts, and gets the sum of their results, each
@@ -81,19 +79,16 @@ class MoeLayer(BaseMoeLayer):
         **kwargs,
     ):
         super().__init__(
-            experts, examples_per_group=examples_per_group, name=name, **kwargs
+            experts,
+            train_capacity_factor=train_capacity_factor,
+            eval_capacity_factor=eval_capacity_factor,
+            examples_per_group=examples_per_group,
+            min_expert_capacity=min_expert_capacity,
+            name=name,
+            **kwargs,
         )
         self._check_router(router)
         self.router = router
-        self.train_capacity_factor = checks.number(
-            "train_capacity_factor", train_capacity_factor, above=True
-        )
-        self.eval_capacity_factor = checks.number(
-            "eval_capacity_factor", eval_capacity_factor, above=True
-        )
-        self.min_expert_capacity = checks.whole_number(
-            "min_expert_capacity", min_expert_capacity
-        )
         self._warn_of_certain_drops()
 
     def build(self, input_shape):
@@ -102,12 +97,7 @@ class MoeLayer(BaseMoeLayer):
             self.router.build((None, None, input_shape[-1]))
 
     def decide(self, tokens, mask, training, report=True):
-        factor = self.train_capacity_factor if training else self.eval_capacity_factor
-        capacity = expert_capacity(
-            ops.shape(tokens)[1], self.num_experts, factor, self.min_expert_capacity
-        )
-        decide = self.router if report else self.router.route
-        return decide(tokens, expert_capacity=capacity, mask=mask, training=training)
+        return self.ask(self.router, tokens, mask, training, report)
 
     def balance_loss(self, routing):
         """The balance loss of a routing, unweighted.
@@ -148,9 +138,6 @@ class MoeLayer(BaseMoeLayer):
         return {
             **super().get_config(),
             "router": keras.saving.serialize_keras_object(self.router),
-            "train_capacity_factor": self.train_capacity_factor,
-            "eval_capacity_factor": self.eval_capacity_factor,
-            "min_expert_capacity": self.min_expert_capacity,
         }
 
     @classmethod

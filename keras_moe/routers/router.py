@@ -3,11 +3,23 @@
 import keras
 from keras import ops
 
-from keras_moe import checks, initializers
+from keras_moe import checks
 from keras_moe.gate import Gate
 from keras_moe.losses import router_z_loss
 from keras_moe.metrics import LayerMetrics, routing_statistics
 from keras_moe.routing import check_routing
+
+# What a router's arguments and its gate's have in common.
+GATE_ARGUMENTS = (
+    "num_experts",
+    "hidden_layers",
+    "mechanism",
+    "noise_std",
+    "jitter_noise",
+    "use_bias",
+    "kernel_initializer",
+    "bias_initializer",
+)
 
 
 class Router(LayerMetrics, keras.layers.Layer):
@@ -90,15 +102,8 @@ class Router(LayerMetrics, keras.layers.Layer):
             bias_initializer=bias_initializer,
             name="router_weights",
         )
-        gate = self.router_weights
-        self.num_experts = gate.num_experts
-        self.hidden_layers = gate.hidden_layers
-        self.mechanism = gate.mechanism
-        self.noise_std = gate.noise_std
-        self.jitter_noise = gate.jitter_noise
-        self.use_bias = gate.use_bias
-        self.kernel_initializer = gate.kernel_initializer
-        self.bias_initializer = gate.bias_initializer
+        for argument in GATE_ARGUMENTS:
+            setattr(self, argument, getattr(self.router_weights, argument))
         self.input_spec = keras.InputSpec(ndim=3)
         self.supports_masking = True
 
@@ -198,19 +203,13 @@ class Router(LayerMetrics, keras.layers.Layer):
     @property
     def metrics_prefix(self):
         """The path of the MoE layer, and the name if it is not `"router"`."""
-        return self.path.removesuffix("/router")
+        return super().metrics_prefix.removesuffix("/router")
 
     def get_config(self):
+        gate = self.router_weights.get_config()
         return {
             **super().get_config(),
-            "num_experts": self.num_experts,
-            "hidden_layers": self.hidden_layers,
-            "mechanism": self.mechanism,
-            "noise_std": self.noise_std,
-            "jitter_noise": self.jitter_noise,
-            "use_bias": self.use_bias,
-            "kernel_initializer": initializers.serialize(self.kernel_initializer),
-            "bias_initializer": initializers.serialize(self.bias_initializer),
+            **{name: gate[name] for name in GATE_ARGUMENTS},
             "router_z_loss_weight": self.router_z_loss_weight,
             "export_metrics": self.export_metrics,
         }

@@ -52,9 +52,25 @@ def make_pair(policy, threshold=0.2, train=1.25, evaluation=2.0):
         "moe/experts/intermediate/kernel": theirs.experts.w1,
         "moe/experts/output/kernel": theirs.experts.w2,
     }
-    for w in ours.weights:
-        w.assign(weights[w.path].detach().numpy())
+    take_over(ours, weights)
     return ours, theirs
+
+
+def take_over(layer, weights):
+    """Gives a layer their weights, by path."""
+    for w in layer.weights:
+        w.assign(weights[w.path].detach().numpy())
+
+
+def check_outputs_and_loss(ours, theirs, length, training):
+    x = np.random.default_rng(0).normal(size=(3, length, H)).astype("float32")
+    expected, loss = theirs.train(training)(torch.from_numpy(x))
+    outputs = keras.ops.convert_to_numpy(ours(x, training=training))
+    expected = expected.detach().numpy()
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(outputs / scale, expected / scale, atol=1e-5)
+    found = sum(float(a) for a in ours.losses)
+    assert found == pytest.approx(float(loss.detach()), rel=1e-6)
 
 
 @pytest.mark.parametrize("policy", ["all", "none"])
@@ -63,13 +79,7 @@ def make_pair(policy, threshold=0.2, train=1.25, evaluation=2.0):
 def test_outputs_and_loss(policy, training, length, train):
     torch.manual_seed(0)
     ours, theirs = make_pair(policy, train=train)
-    x = np.random.default_rng(0).normal(size=(3, length, H)).astype("float32")
-    expected, loss = theirs.train(training)(torch.from_numpy(x))
-    outputs = keras.ops.convert_to_numpy(ours(x, training=training))
-    expected = expected.detach().numpy()
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(outputs / scale, expected / scale, atol=1e-5)
-    assert float(ours.losses[0]) == pytest.approx(float(loss.detach()), rel=1e-5)
+    check_outputs_and_loss(ours, theirs, length, training)
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.45])
@@ -138,12 +148,5 @@ def test_two_levels(policy, training, outer, inner):
         "moe/experts/intermediate/kernel": theirs.experts.w1.reshape(-1, H, F),
         "moe/experts/output/kernel": theirs.experts.w2.reshape(-1, F, H),
     }
-    for w in ours.weights:
-        w.assign(weights[w.path].detach().numpy())
-    x = np.random.default_rng(0).normal(size=(3, 64, H)).astype("float32")
-    expected, loss = theirs.train(training)(torch.from_numpy(x))
-    outputs = keras.ops.convert_to_numpy(ours(x, training=training))
-    expected = expected.detach().numpy()
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(outputs / scale, expected / scale, atol=1e-5)
-    assert sum(float(a) for a in ours.losses) == pytest.approx(float(loss.detach()))
+    take_over(ours, weights)
+    check_outputs_and_loss(ours, theirs, 64, training)
