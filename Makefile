@@ -8,7 +8,7 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 bin := .venv/bin
 pip := $(bin)/python -m pip install --quiet --constraint constraints.txt
-pytest := $(bin)/python -m pytest --quiet --numprocesses 2
+pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 
 .PHONY: help demo test test-all test-peers lint bench clean
 

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from layer_check import LOSSY, check_file, check_fit, check_policy, functional
+from layer_check import LOSSY, check_file, check_policy, check_xla
 
 from keras_moe import (
     BiasBalancedMaskedRouter,
@@ -59,8 +59,7 @@ def test_files_and_steps(name, tmp_path):
 
     check_file(make, (12, H), tmp_path / "model.keras")
     x = np.random.default_rng(0).normal(size=(4, 12, H)).astype("float32")
-    if keras.backend.backend() == "tensorflow":
-        check_fit(functional(make(), (12, H)), x, jit_compile=True)
+    check_xla(make, (12, H), x)
 
 
 @pytest.mark.parametrize("name", ["next best", "bias balanced"])
