@@ -27,11 +27,12 @@ def main():
     jit_compile = True if arguments.xla else "auto"
     models = {"dense": make_model(make_dense(), jit_compile)}
     for experts in arguments.experts:
-        for name, router in (
-            ("tokens choose", keras_moe.MaskedRouter(experts, num_selected_experts=K)),
-            ("experts choose", keras_moe.ExpertsChooseMaskedRouter(experts)),
+        for name, router, factor in (
+            ("tokens choose", choose(experts), float(K)),
+            ("tokens choose, dropless", choose(experts), None),
+            ("experts choose", keras_moe.ExpertsChooseMaskedRouter(experts), float(K)),
         ):
-            moe = make_moe(experts, router)
+            moe = make_moe(experts, router, factor)
             models[f"{name}, {experts} experts"] = make_model(moe, jit_compile)
     times = measure(models, arguments.repeats)
     report(times)
@@ -42,13 +43,17 @@ def make_dense():
     return keras_moe.FeedForward(K * D_FF)
 
 
-def make_moe(experts, router):
-    """One group of all tokens, and K slots a token."""
+def choose(experts):
+    return keras_moe.MaskedRouter(experts, num_selected_experts=K)
+
+
+def make_moe(experts, router, factor):
+    """One group of all tokens; with a factor of K, K slots a token."""
     return keras_moe.MoeLayer(
         keras_moe.FeedForwardExperts(experts, D_FF),
         router,
-        train_capacity_factor=float(K),
-        eval_capacity_factor=float(K),
+        train_capacity_factor=factor,
+        eval_capacity_factor=factor,
         examples_per_group=BATCH,
     )
 
@@ -77,7 +82,7 @@ def measure(models, repeats):
 def report(times):
     print(f"\n{keras.backend.backend()}, Keras {keras.version()}")
     print(f"{BATCH} x {LENGTH} tokens, h {HIDDEN}, f {D_FF}, k {K}\n")
-    row = "{:<28}{:>10}{:>10}{:>10}{:>8}"
+    row = "{:<36}{:>10}{:>10}{:>10}{:>8}"
     print(row.format("training step, ms", "median", "min", "max", "ratio"))
     dense = statistics.median(times["dense"])
     for name, seconds in times.items():

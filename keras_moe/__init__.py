@@ -6,6 +6,7 @@ and einsums:
     g  groups             t  tokens per group     h  hidden size
     e  experts            c  capacity: slots per expert and group
     k  experts per token  f  size of an expert's inner layer
+    a  assignments: rows, one for each choice of a token
 """
 
 from keras_moe import losses
@@ -23,7 +24,7 @@ from keras_moe.routers import (
     TokensChooseRouter,
     Top2MaskedRouter,
 )
-from keras_moe.routing import RouterMask, Slots
+from keras_moe.routing import RouterMask, Rows, Slots
 from keras_moe.soft_moe_layer import SoftMoeLayer
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "MoeLayerWithBackbone",
     "Router",
     "RouterMask",
+    "Rows",
     "Slots",
     "SoftMoeLayer",
     "TokensChooseRouter",

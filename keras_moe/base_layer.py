@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe import checks
 from keras_moe.dispatch import combine, dispatch
 from keras_moe.grouping import group, ungroup
+from keras_moe.routing import row_arguments
 from keras_moe.serialization import with_parts
 
 
@@ -46,7 +47,7 @@ class BaseMoeLayer(keras.layers.Layer):
             report: bool, whether to add losses and metrics.
 
         Returns:
-            `Slots` or a `RouterMask`.
+            `Slots`, `Rows` or a `RouterMask`.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `decide`.")
 
@@ -70,7 +71,7 @@ class BaseMoeLayer(keras.layers.Layer):
         tokens, mask = self._group(inputs, mask)
         routing = self.decide(tokens, mask, training)
         buffers = dispatch(tokens, routing)
-        results = self.experts(buffers)
+        results = self.experts(buffers, **row_arguments(routing))
         outputs = ops.cast(combine(results, routing), self.compute_dtype)
         outputs = ungroup(outputs, inputs, self.examples_per_group)
         return (outputs, routing) if return_routing else outputs
@@ -85,7 +86,7 @@ class BaseMoeLayer(keras.layers.Layer):
             training: bool.
 
         Returns:
-            The routing: `Slots` or a `RouterMask`, in groups.
+            The routing: `Slots`, `Rows` or a `RouterMask`, in groups.
         """
         inputs = ops.cast(ops.convert_to_tensor(inputs), self.compute_dtype)
         if not self.built:

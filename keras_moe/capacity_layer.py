@@ -12,8 +12,9 @@ class CapacityMoeLayer(BaseMoeLayer):
 
     Args:
         experts: see `BaseMoeLayer`.
-        train_capacity_factor: float above 0, the capacity in training.
-        eval_capacity_factor: float above 0, the capacity outside training.
+        train_capacity_factor: float above 0, the capacity in training; `None`
+            for no capacity.
+        eval_capacity_factor: the same outside training.
         min_expert_capacity: int, the least slots of an expert for a group.
         **kwargs: see `BaseMoeLayer`.
     """
@@ -28,11 +29,11 @@ class CapacityMoeLayer(BaseMoeLayer):
         **kwargs,
     ):
         super().__init__(experts, **kwargs)
-        self.train_capacity_factor = checks.number(
-            "train_capacity_factor", train_capacity_factor, above=True
+        self.train_capacity_factor = checks.capacity_factor(
+            "train_capacity_factor", train_capacity_factor
         )
-        self.eval_capacity_factor = checks.number(
-            "eval_capacity_factor", eval_capacity_factor, above=True
+        self.eval_capacity_factor = checks.capacity_factor(
+            "eval_capacity_factor", eval_capacity_factor
         )
         self.min_expert_capacity = checks.whole_number(
             "min_expert_capacity", min_expert_capacity
@@ -41,6 +42,8 @@ class CapacityMoeLayer(BaseMoeLayer):
     def capacity(self, tokens, router, training):
         """The slots of an expert of `router` for a group of so many tokens."""
         factor = self.train_capacity_factor if training else self.eval_capacity_factor
+        if factor is None:
+            return None
         return expert_capacity(
             tokens, router.num_experts, factor, self.min_expert_capacity
         )
@@ -54,6 +57,11 @@ class CapacityMoeLayer(BaseMoeLayer):
             mask=mask,
             training=training,
         )
+
+    @property
+    def is_dropless(self):
+        """Whether there is no capacity, in training or outside it."""
+        return None in (self.train_capacity_factor, self.eval_capacity_factor)
 
     def get_config(self):
         return {

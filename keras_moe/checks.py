@@ -40,6 +40,11 @@ def number(name, value, minimum=0.0, above=False, below=None):
     return value
 
 
+def capacity_factor(name, value):
+    """Returns a float above 0 or `None`, or raises."""
+    return None if value is None else number(name, value, above=True)
+
+
 def boolean(name, value):
     """Returns `value` if it is a bool, or raises."""
     if not isinstance(value, bool):

@@ -1,14 +1,15 @@
 """Two verbs: carry tokens to the experts, and their results home.
 
-The experts' buffers are `[1, e, g·c, h]`: the slots of all groups of an expert
-side by side, so that its work is one matrix product.
+With a capacity, the experts' buffers are `[1, e, g·c, h]`: the slots of all
+groups of an expert side by side, so that its work is one matrix product.
+Without one they are rows `[a, h]`, sorted by expert.
 """
 
 import keras
 from keras import ops
 
 from keras_moe.kernels import gather_rows, scatter_add_rows
-from keras_moe.routing import Slots, check_routing
+from keras_moe.routing import Rows, Slots, check_routing
 
 
 def dispatch(tokens, routing):
@@ -16,13 +17,16 @@ def dispatch(tokens, routing):
 
     Args:
         tokens: `[g, t, h]`.
-        routing: `Slots` or `RouterMask`.
+        routing: `Slots`, `Rows` or `RouterMask`.
 
     Returns:
-        `[1, e, g·c, h]`, zero in empty slots.
+        `[1, e, g·c, h]`, zero in empty slots; of `Rows` `[a, h]`.
     """
     check_routing(routing)
     groups, t, hidden = ops.shape(tokens)
+    if isinstance(routing, Rows):
+        rows = ops.reshape(tokens, (groups * t, hidden))
+        return gather_rows(rows, routing.token_index)
     if isinstance(routing, Slots):
         _, experts, capacity = ops.shape(routing.token_index)
         rows = ops.reshape(tokens, (groups * t, hidden))
@@ -41,30 +45,40 @@ def combine(outputs, routing):
     the outputs. A token without a slot gets 0.
 
     Args:
-        outputs: `[1, e, g·c, h]`.
-        routing: `Slots` or `RouterMask`.
+        outputs: `[1, e, g·c, h]`; for `Rows` `[a, h]`.
+        routing: `Slots`, `Rows` or `RouterMask`.
 
     Returns:
         `[g, t, h]`.
     """
     check_routing(routing)
-    _, experts, slots, hidden = ops.shape(outputs)
     dtype = outputs.dtype
     outputs = ops.cast(outputs, keras.backend.result_type(dtype, "float32"))
-    if isinstance(routing, Slots):
-        groups, t, _ = ops.shape(routing.probs)
-        weight = ops.reshape(_expert_major(routing.weight), (-1, 1))
-        weight = ops.cast(weight, outputs.dtype)
-        rows = ops.reshape(outputs, (experts * slots, hidden)) * weight
-        index = _expert_major(routing.flat_token_index)
-        results = scatter_add_rows(rows, index, groups * t)
-        results = ops.reshape(results, (groups, t, hidden))
+    if isinstance(routing, Rows):
+        results = _add_up(outputs, routing.weight, routing.token_index, routing.probs)
+    elif isinstance(routing, Slots):
+        _, experts, slots, hidden = ops.shape(outputs)
+        results = _add_up(
+            ops.reshape(outputs, (experts * slots, hidden)),
+            _expert_major(routing.weight),
+            _expert_major(routing.flat_token_index),
+            routing.probs,
+        )
     else:
+        _, experts, _, hidden = ops.shape(outputs)
         groups, _, _, capacity = ops.shape(routing.combine_array)
         weight = ops.cast(routing.combine_array, outputs.dtype)
         outputs = ops.reshape(outputs, (experts, groups, capacity, hidden))
         results = ops.einsum("gtec,egch->gth", weight, outputs)
     return ops.cast(results, dtype)
+
+
+def _add_up(rows, weight, token_index, probs):
+    """Weighted rows `[r, h]`, added to their tokens: `[g, t, h]`."""
+    groups, t, _ = ops.shape(probs)
+    rows = rows * ops.cast(ops.expand_dims(weight, -1), rows.dtype)
+    results = scatter_add_rows(rows, token_index, groups * t)
+    return ops.reshape(results, (groups, t, ops.shape(rows)[1]))
 
 
 def _expert_major(x):

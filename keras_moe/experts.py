@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe import checks, initializers
+from keras_moe.kernels import grouped_dense
 from keras_moe.serialization import with_parts
 
 
@@ -69,14 +70,18 @@ class _FeedForward(keras.layers.Layer):
         self.output_layer.build((*input_shape[:-1], self.d_ff))
 
     def call(self, inputs, training=None):
-        x = self.intermediate_layer(inputs)
+        return self._feed_forward(inputs, training)
+
+    def _feed_forward(self, inputs, training, **rows):
+        x = self.intermediate_layer(inputs, **rows)
         x = (
-            self.activation(self.gate_layer(inputs)) * x
+            self.activation(self.gate_layer(inputs, **rows)) * x
             if self.gated
             else self.activation(x)
         )
         x = self.inner_dropout_layer(x, training=training)
-        return self.output_dropout_layer(self.output_layer(x), training=training)
+        x = self.output_layer(x, **rows)
+        return self.output_dropout_layer(x, training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -152,11 +157,14 @@ class FeedForwardExperts(_FeedForward):
         **kwargs: forwarded to `keras.layers.Layer`.
 
     Call arguments:
-        inputs: `[g, e, c, h]`, the tokens in the slots of each expert.
+        inputs: `[g, e, c, h]`, the tokens in the slots of each expert; with
+            `group_sizes` `[a, h]`, rows of tokens sorted by expert.
+        group_sizes: int32 `[e]`, how many rows each expert has; rows that are
+            left over get 0.
         training: bool, whether to drop.
 
     Returns:
-        `[g, e, c, h]`.
+        The shape of the inputs.
 
     Raises:
         ValueError: if the input has another rank or number of experts.
@@ -178,6 +186,13 @@ class FeedForwardExperts(_FeedForward):
             )
         super().build(input_shape)
 
+    def call(self, inputs, group_sizes=None, training=None):
+        rows = {} if group_sizes is None else {"group_sizes": group_sizes}
+        return self._feed_forward(inputs, training, **rows)
+
+    def compute_output_shape(self, inputs_shape, group_sizes_shape=None):
+        return inputs_shape
+
     def get_config(self):
         return {**super().get_config(), "num_experts": self.num_experts}
 
@@ -186,7 +201,8 @@ class ExpertDense(keras.layers.EinsumDense):
     """A dense layer for each expert: `[g, e, c, h]` to `[g, e, c, units]`.
 
     It is an `EinsumDense`, with its `kernel`, LoRA and quantisation, but takes
-    the matrix product of one group, the usual case, as it lies in memory.
+    the matrix product of one group, the usual case, as it lies in memory; and
+    with `group_sizes` it takes rows sorted by expert: `[a, h]` to `[a, units]`.
     """
 
     def __init__(self, num_experts, units, use_bias=True, **kwargs):
@@ -197,7 +213,15 @@ class ExpertDense(keras.layers.EinsumDense):
             **kwargs,
         )
 
-    def call(self, inputs, training=None):
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.input_spec = keras.InputSpec(axes={-1: input_shape[-1]})
+
+    def call(self, inputs, group_sizes=None, training=None):
+        if group_sizes is not None:
+            kernel = ops.convert_to_tensor(self.kernel)
+            bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
+            return grouped_dense(inputs, kernel, bias, group_sizes)
         if inputs.shape[0] != 1:
             return super().call(inputs, training=training)
         outputs = ops.matmul(ops.squeeze(inputs, axis=0), self.kernel)

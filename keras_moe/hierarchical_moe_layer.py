@@ -75,6 +75,11 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
             name=name,
             **kwargs,
         )
+        if self.is_dropless:
+            raise ValueError(
+                "Two levels of routing need a capacity: an inner expert has slots for "
+                "the slots of its group. Received: a capacity factor of None."
+            )
         self._check_routers(outer_router, inner_router)
         self.outer_router = outer_router
         self.inner_router = inner_router

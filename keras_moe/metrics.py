@@ -10,23 +10,24 @@ def routing_statistics(routing, valid):
     """How a routing used its experts, as float32 scalars.
 
     Args:
-        routing: `Slots` or `RouterMask`.
+        routing: `Slots`, `Rows` or `RouterMask`.
         valid: float32 scalar, the number of tokens that are not masked.
 
     Returns:
         A dict:
         `fraction_tokens_left_behind`, the share of valid tokens without any
         slot; `router_confidence`, the mean combine weight of a filled slot;
-        `expert_usage`, the share of slots that are filled. Each is 0 where
-        there is nothing to take the share of.
+        `expert_usage`, the share of slots that are filled, or without slots of
+        experts with a token. Each is 0 where there is nothing to take the
+        share of.
     """
-    filled = routing.assignments  # g e c
-    total = ops.sum(filled)
     served = ops.sum(ops.cast(routing.slots_per_token > 0, "float32"))
     return {
         "fraction_tokens_left_behind": _share(valid - served, valid),
-        "router_confidence": _share(ops.sum(routing.weight), total),
-        "expert_usage": _share(total, ops.sum(ops.ones_like(filled))),
+        "router_confidence": _share(
+            ops.sum(routing.weight), ops.sum(routing.assignments)
+        ),
+        "expert_usage": routing.expert_usage,
     }
 
 

@@ -1,13 +1,15 @@
 """The Mixture-of-Experts layer: a router, and a capacity."""
 
+import inspect
 import warnings
 
 import keras
 
 from keras_moe import losses
 from keras_moe.capacity_layer import CapacityMoeLayer
+from keras_moe.kernels import XLA_COMPILES_ROWS
 from keras_moe.routers import Router
-from keras_moe.routing import check_slots
+from keras_moe.routing import check_has_probs
 from keras_moe.serialization import with_parts
 
 
@@ -23,11 +25,12 @@ class MoeLayer(CapacityMoeLayer):
         experts: a layer with `num_experts` that maps `[g, e, c, h]` to the
             same shape, such as `FeedForwardExperts`.
         router: a `Router` with as many experts.
-        train_capacity_factor: float above 0, or, the capacity in training. An
+        train_capacity_factor: float above 0, the capacity in training. An
             expert has `round(factor · t / e)` slots for a group of `t` tokens,
             at least `min_expert_capacity` and at most `t`. Where tokens choose,
             it bounds what an expert takes; where experts choose, it is what
-            each expert takes.
+            each expert takes. `None`, where tokens choose: no capacity, so that
+            no token is dropped, and each costs the experts it goes to.
         eval_capacity_factor: the same outside training.
         examples_per_group: how many examples of the batch are routed together:
             a whole number, one over a whole number (each example is cut into
@@ -88,6 +91,9 @@ class MoeLayer(CapacityMoeLayer):
             **kwargs,
         )
         self._check_router(router)
+        if self.is_dropless:
+            _check_dropless(experts, router)
+            self.supports_jit = XLA_COMPILES_ROWS
         self.router = router
         self._warn_of_certain_drops()
 
@@ -103,13 +109,14 @@ class MoeLayer(CapacityMoeLayer):
         """The balance loss of a routing, unweighted.
 
         Args:
-            routing: `Slots`, from `route` or from a call with `return_routing`.
+            routing: `Slots` or `Rows`, from `route` or a call with
+                `return_routing`.
 
         Returns:
             A float32 scalar: 1 at balance, `e / k` when all tokens are sure of
             the same expert, 0 for no tokens.
         """
-        check_slots(routing)
+        check_has_probs(routing)
         return losses.load_balancing_loss(routing.probs, routing.load)
 
     def _check_router(self, router):
@@ -125,7 +132,8 @@ class MoeLayer(CapacityMoeLayer):
 
     def _warn_of_certain_drops(self):
         k = getattr(self.router, "num_selected_experts", 0)
-        factor = min(self.train_capacity_factor, self.eval_capacity_factor)
+        factors = (self.train_capacity_factor, self.eval_capacity_factor)
+        factor = min((f for f in factors if f is not None), default=k)
         if factor < k:
             warnings.warn(
                 f"A capacity factor of {factor:g} is below the number of experts that "
@@ -143,3 +151,17 @@ class MoeLayer(CapacityMoeLayer):
     @classmethod
     def from_config(cls, config):
         return cls(**with_parts(config, "experts", "router"))
+
+
+def _check_dropless(experts, router):
+    if not router.supports_dropless:
+        raise ValueError(
+            f"{type(router).__name__} needs a capacity: it is what each expert takes, "
+            "or the router has no other form. Received: a capacity factor of None."
+        )
+    if "group_sizes" not in inspect.signature(experts.call).parameters:
+        raise ValueError(
+            "Without a capacity, `experts` must take rows: "
+            "`call(inputs, group_sizes=None)`, with inputs [rows, hidden] sorted by "
+            f"expert. Received: {type(experts).__name__}."
+        )

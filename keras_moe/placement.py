@@ -3,7 +3,7 @@
 from keras import ops
 
 from keras_moe.kernels import scatter_add_rows
-from keras_moe.routing import Slots
+from keras_moe.routing import Rows, Slots
 from keras_moe.selection import Selection, finite, valid_tokens
 
 PRIORITIES = ("choice", "token", "probability")
@@ -12,7 +12,8 @@ PRIORITIES = ("choice", "token", "probability")
 def place(selection, probs, expert_capacity, priority="choice"):
     """Tokens take slots in the experts they want, until these are full.
 
-    What finds its expert full is dropped. Who comes first is the `priority`:
+    What finds its expert full is dropped. Without a capacity there are no
+    slots, and every choice is a row. Who comes first is the `priority`:
 
     - `"choice"`: all first choices before all second choices, and of the same
       choice the earlier token (GShard);
@@ -23,16 +24,18 @@ def place(selection, probs, expert_capacity, priority="choice"):
     Args:
         selection: a `Selection`, `[g, t, k]`.
         probs: float32 `[g, t, e]`, all zero for a masked token.
-        expert_capacity: `c`, an int or a scalar int32 tensor.
+        expert_capacity: `c`, an int or a scalar int32 tensor; `None` for none.
         priority: one of `PRIORITIES`.
 
     Returns:
-        `Slots`.
+        `Slots`; `Rows` without a capacity.
 
     Reference:
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1;
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974), section 4.
     """
+    if expert_capacity is None:
+        return _place_all(selection, probs)
     groups, tokens, k = ops.shape(selection.expert_index)
     if priority == "probability":
         token_order = ops.argsort(-ops.max(finite(probs), axis=-1), axis=-1)
@@ -62,6 +65,24 @@ def place(selection, probs, expert_capacity, priority="choice"):
     return Slots(
         token_index=ops.where(filled, token, -1),
         weight=ops.where(filled, _take(weight, assignment), 0.0),
+        probs=probs,
+        load=_shares(counts),
+    )
+
+
+def _place_all(selection, probs):
+    groups, tokens, k = ops.shape(selection.expert_index)
+    wanted = ops.reshape(selection.expert_index, (groups, tokens * k))
+    counts = _counts(wanted, probs.shape[-1])  # g e
+    wanted = ops.reshape(wanted, (-1,))
+    nobody = wanted < 0
+    order = ops.argsort(ops.where(nobody, probs.shape[-1], wanted))
+    nobody = ops.take(nobody, order)
+    weight = ops.take(ops.reshape(selection.weight, (-1,)), order)
+    return Rows(
+        token_index=ops.where(nobody, -1, ops.cast(order // k, "int32")),
+        weight=ops.where(nobody, 0.0, weight),
+        group_sizes=ops.sum(counts, axis=0),
         probs=probs,
         load=_shares(counts),
     )

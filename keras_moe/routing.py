@@ -46,15 +46,14 @@ class Slots(NamedTuple):
         return ops.cast(self.token_index >= 0, "float32")
 
     @property
+    def expert_usage(self):
+        """float32 scalar: the share of slots that are filled."""
+        return ops.mean(self.assignments)
+
+    @property
     def slots_per_token(self):
         """float32 `[g, t]`: in how many slots each token sits."""
-        groups, tokens = ops.shape(self.probs)[:2]
-        counts = scatter_add_rows(
-            ops.reshape(self.assignments, (-1,)),
-            ops.reshape(self.flat_token_index, (-1,)),
-            groups * tokens,
-        )
-        return ops.reshape(counts, (groups, tokens))
+        return _count_tokens(ops.reshape(self.flat_token_index, (-1,)), self.probs)
 
     @property
     def flat_token_index(self):
@@ -62,6 +61,44 @@ class Slots(NamedTuple):
         groups, tokens = ops.shape(self.probs)[:2]
         first = ops.reshape(ops.arange(groups, dtype="int32") * tokens, (-1, 1, 1))
         return ops.where(self.token_index >= 0, first + self.token_index, -1)
+
+
+class Rows(NamedTuple):
+    """A routing without a capacity: all assignments, sorted by expert.
+
+    Every choice of a token is a row, so that nothing is dropped and nothing
+    filled up: `a = g · t · k` rows, those of masked tokens last.
+
+    Attributes:
+        token_index: int32 `[a]`, the row's token, counted through all groups;
+            -1 for a masked token or a choice of no expert.
+        weight: float32 `[a]`, the weight with which the row's output goes home
+            to its token; 0 where `token_index` is -1.
+        group_sizes: int32 `[e]`, how many rows each expert has.
+        probs: as of `Slots`.
+        load: as of `Slots`.
+    """
+
+    token_index: Any
+    weight: Any
+    group_sizes: Any
+    probs: Any
+    load: Any
+
+    @property
+    def assignments(self):
+        """float32 `[a]`: 1 for a row with a token, 0 for one without."""
+        return ops.cast(self.token_index >= 0, "float32")
+
+    @property
+    def expert_usage(self):
+        """float32 scalar: the share of experts with at least one token."""
+        return ops.mean(ops.cast(self.group_sizes > 0, "float32"))
+
+    @property
+    def slots_per_token(self):
+        """float32 `[g, t]`: to how many experts each token goes."""
+        return _count_tokens(self.token_index, self.probs)
 
 
 class RouterMask(NamedTuple):
@@ -92,24 +129,44 @@ class RouterMask(NamedTuple):
         return ops.sum(ops.cast(self.dispatch_mask, "float32"), axis=1)
 
     @property
+    def expert_usage(self):
+        """float32 scalar: the share of slots that are filled."""
+        return ops.mean(self.assignments)
+
+    @property
     def slots_per_token(self):
         """float32 `[g, t]`: in how many slots each token sits."""
         return ops.sum(ops.cast(self.dispatch_mask, "float32"), axis=(2, 3))
 
 
+def row_arguments(routing):
+    """What experts are told besides their inputs, as keyword arguments."""
+    if isinstance(routing, Rows):
+        return {"group_sizes": routing.group_sizes}
+    return {}
+
+
+def _count_tokens(flat_token_index, probs):
+    """float32 `[g, t]`: how often each token stands in an index `[r]`."""
+    groups, tokens = ops.shape(probs)[:2]
+    ones = ops.ones_like(flat_token_index, dtype="float32")
+    counts = scatter_add_rows(ones, flat_token_index, groups * tokens)
+    return ops.reshape(counts, (groups, tokens))
+
+
 def check_routing(routing):
     """Raises a TypeError for what is no routing."""
-    if not isinstance(routing, (Slots, RouterMask)):
+    if not isinstance(routing, (Slots, Rows, RouterMask)):
         raise TypeError(
-            "A router must return `Slots` or a `RouterMask`. "
+            "A router must return `Slots`, `Rows` or a `RouterMask`. "
             f"Received: {type(routing).__name__}."
         )
 
 
-def check_slots(routing):
+def check_has_probs(routing):
     """Raises a TypeError for a routing without probabilities."""
-    if not isinstance(routing, Slots):
+    if not isinstance(routing, (Slots, Rows)):
         raise TypeError(
-            "The balance loss needs the probabilities that `Slots` hold. "
+            "The balance loss needs the probabilities that `Slots` and `Rows` hold. "
             f"Received: {type(routing).__name__}."
         )

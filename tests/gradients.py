@@ -21,7 +21,9 @@ def gradients(function, *arrays):
     if name == "jax":
         import jax
 
-        found = jax.grad(function, argnums=tuple(range(len(arrays))))(*arrays)
+        # Compiled as one: op by op, each op would be compiled.
+        gradient = jax.jit(jax.grad(function, argnums=tuple(range(len(arrays)))))
+        found = gradient(*arrays)
         return [np.asarray(g) for g in found]
     import torch
 

@@ -1,6 +1,9 @@
+import keras
 import numpy as np
 import pytest
 from gradients import gradients
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import kernels
@@ -53,3 +56,79 @@ def test_nan_rows_stay_where_they_are():
     np.testing.assert_array_equal(rows, [[0], [1]])
     result = ops.convert_to_numpy(kernels.scatter_add_rows(x, index, 2))
     np.testing.assert_array_equal(result, [[0], [1]])
+
+
+def test_grouped_dense_a_table():
+    rows = ops.convert_to_tensor(np.array([[1], [2], [3], [4]], "float32"))
+    kernel = ops.convert_to_tensor(np.array([[[1]], [[10]], [[100]]], "float32"))
+    bias = ops.convert_to_tensor(np.array([[[0.5]], [[0.25]], [[0]]], "float32"))
+    sizes = ops.convert_to_tensor(np.array([2, 0, 1], "int32"))
+    for dense in (kernels.grouped_dense, kernels.plain_grouped_dense):
+        found = ops.convert_to_numpy(dense(rows, kernel, bias, sizes))
+        np.testing.assert_array_equal(found, [[1.5], [2.5], [300], [0]])
+
+
+@st.composite
+def groups_of_rows(draw):
+    """Rows, groups of them (empty ones too), rows left over, widths, a dtype."""
+    sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 7, 40]), min_size=1, max_size=9))
+    left_over = draw(st.sampled_from([0, 0, 1, 30]))
+    hidden, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    return sizes, left_over, hidden, width, draw(st.booleans()), draw(st.integers(0, 9))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(groups_of_rows())
+@example(([0, 0], 0, 3, 2, True, 0))  # nothing at all
+@example(([0, 0], 4, 3, 2, True, 0))  # nothing but rows left over
+@example(([1], 0, 1, 1, False, 0))
+@example(([0, 500, 0, 0], 3, 8, 5, True, 0))  # all in one group, several blocks
+@example(([129, 128, 127, 1, 0, 64], 9, 2, 3, True, 0))  # at a block's edges
+def test_grouped_dense_equals_its_plain_twin(case):
+    sizes, left_over, hidden, width, with_bias, seed = case
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(sum(sizes) + left_over, hidden)).astype("float32")
+    kernel = rng.normal(size=(len(sizes), hidden, width)).astype("float32")
+    bias = rng.normal(size=(len(sizes), 1, width)).astype("float32")
+    target = rng.normal(size=(len(rows), width)).astype("float32")
+    group_sizes = np.array(sizes, "int32")
+
+    def error(dense):
+        def function(rows, kernel, bias):
+            bias = bias if with_bias else None
+            sizes, goal = map(ops.convert_to_tensor, (group_sizes, target))
+            return ops.sum(ops.square(dense(rows, kernel, bias, sizes) - goal))
+
+        return function
+
+    ours, plain = error(kernels.grouped_dense), error(kernels.plain_grouped_dense)
+    arrays = rows, kernel, bias
+    tensors = [ops.convert_to_tensor(a) for a in arrays]
+    np.testing.assert_allclose(float(ours(*tensors)), float(plain(*tensors)), rtol=1e-5)
+    found, expected = gradients(ours, *arrays), gradients(plain, *arrays)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max(initial=0)))
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [("float16", 4e-3), ("bfloat16", 3e-2)])
+def test_grouped_dense_in_half_precision(dtype, rtol, rng):
+    shapes = (50, 8), (3, 8, 5), (3, 1, 5)
+    arrays = [ops.cast(rng.normal(size=s).astype("float32"), dtype) for s in shapes]
+    sizes = ops.convert_to_tensor(np.array([20, 0, 27], "int32"))
+    found = kernels.grouped_dense(*arrays, sizes)
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    single = [ops.cast(a, "float32") for a in arrays]
+    expected = ops.convert_to_numpy(kernels.plain_grouped_dense(*single, sizes))
+    found = ops.convert_to_numpy(ops.cast(found, "float32"))
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * 4)
+
+
+def test_a_nan_row_of_a_group_stays_alone(rng):
+    rows = rng.normal(size=(6, 2)).astype("float32")
+    rows[3], rows[5] = np.nan, np.inf
+    kernel = ops.convert_to_tensor(rng.normal(size=(2, 2, 2)).astype("float32"))
+    sizes = ops.convert_to_tensor(np.array([2, 3], "int32"))
+    rows = ops.convert_to_tensor(rows)
+    found = ops.convert_to_numpy(kernels.grouped_dense(rows, kernel, None, sizes))
+    assert np.isfinite(found[[0, 1, 2, 4, 5]]).all()
+    assert np.isnan(found[3]).all()

@@ -42,6 +42,8 @@ class BiasBalancedMaskedRouter(Router):
         equations 12-16.
     """
 
+    supports_dropless = True
+
     def __init__(
         self,
         num_experts,

@@ -5,7 +5,7 @@ import keras
 from keras_moe import checks, losses
 from keras_moe.placement import PRIORITIES, place, wanted_load
 from keras_moe.routers.router import Router
-from keras_moe.routing import check_slots
+from keras_moe.routing import check_has_probs
 from keras_moe.selection import next_best, normalized, top_k
 
 
@@ -27,7 +27,7 @@ class TokensChooseRouter(Router):
         )
 
     def load_balancing_loss(self, routing):
-        check_slots(routing)
+        check_has_probs(routing)
         return losses.load_balancing_loss(routing.probs, routing.load)
 
     def get_config(self):
@@ -75,6 +75,8 @@ class MaskedRouter(TokensChooseRouter):
         `"probability"`.
     """
 
+    supports_dropless = True
+
     def __init__(
         self,
         num_experts,
@@ -107,7 +109,7 @@ class MaskedRouter(TokensChooseRouter):
     def compute_routing(self, probs, expert_capacity, training=None):
         k, normalize = self.num_selected_experts, self.normalize_weights
         wanted = selection = top_k(probs, k, normalize)
-        if self.overflow == "next_best":
+        if self.overflow == "next_best" and expert_capacity is not None:
             selection = next_best(probs, k, expert_capacity, normalize)
         if self.mechanism == "sigmoid":
             probs = normalized(probs)

@@ -46,12 +46,13 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     Call arguments:
         inputs: `[g, t, h]`, tokens in groups.
-        expert_capacity: int, the slots of an expert for each group.
+        expert_capacity: int, the slots of an expert for each group; `None` for
+            no capacity, if `supports_dropless`.
         mask: bool `[g, t]`, false for a token to leave out, or `None`.
         training: bool.
 
     Returns:
-        `Slots` or a `RouterMask`.
+        `Slots`, `Rows` or a `RouterMask`.
     """
 
     metric_names = (
@@ -63,6 +64,8 @@ class Router(LayerMetrics, keras.layers.Layer):
         "expert_usage",
     )
     load_balancing_loss_weight = 0.0
+    # Whether `compute_routing` can do without an `expert_capacity`.
+    supports_dropless = False
 
     def __init__(
         self,
@@ -120,11 +123,11 @@ class Router(LayerMetrics, keras.layers.Layer):
             probs: float32 `[g, t, e]`, what the gate says: 1 in sum for a
                 valid token (but for a `"sigmoid"` gate), 0 for a masked one.
             expert_capacity: int `c`, or a scalar tensor where the number of
-                tokens is not known.
+                tokens is not known; `None` for no capacity.
             training: bool.
 
         Returns:
-            `Slots` or a `RouterMask`.
+            `Slots` or a `RouterMask`; `Rows` without a capacity.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement "
@@ -178,7 +181,7 @@ class Router(LayerMetrics, keras.layers.Layer):
         """Adds the losses with their weights, and the metrics.
 
         Args:
-            routing: `Slots` or a `RouterMask`.
+            routing: `Slots`, `Rows` or a `RouterMask`.
             z_loss: float32 scalar, unweighted.
             balance_loss: float32 scalar, unweighted.
             valid: float32 scalar, the number of tokens that are not masked.

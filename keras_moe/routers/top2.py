@@ -41,6 +41,8 @@ class Top2MaskedRouter(TokensChooseRouter):
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1.
     """
 
+    supports_dropless = True
+
     def __init__(
         self,
         num_experts,
