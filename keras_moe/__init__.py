@@ -9,7 +9,7 @@ and einsums:
     a  assignments: rows, one for each choice of a token
 """
 
-from keras_moe import losses
+from keras_moe import losses, presets
 from keras_moe.backbone import MoeLayerWithBackbone
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
@@ -49,4 +49,5 @@ __all__ = [
     "TokensChooseRouter",
     "Top2MaskedRouter",
     "losses",
+    "presets",
 ]

@@ -5,14 +5,16 @@ import io
 import pathlib
 import re
 
+import keras
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# A block fenced as "python no-run" is not run. A block fenced as "text" that
-# follows a run one is what that one prints.
+# A block fenced as "python no-run" is not run, one fenced as "python jax" on JAX
+# only. A block fenced as "text" that follows a run one is what that one prints.
 EXAMPLE = re.compile(
-    r"^```python\n(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
+    rf"^```python( {keras.backend.backend()})?\n"
+    r"(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
 FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)

@@ -1,0 +1,91 @@
+"""What the presets are, and that they train and are saved."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from layer_check import check_file, check_step, functional
+
+from keras_moe import (
+    BiasBalancedMaskedRouter,
+    ExpertsChooseMaskedRouter,
+    MaskedRouter,
+    MoeLayer,
+    Top2MaskedRouter,
+    presets,
+)
+
+E, H, F = 16, 6, 5
+
+# What each preset is in its paper: router, k, factors, gated, activation.
+TABLE = {
+    "switch": (MaskedRouter, 1, (1.25, 2.0), False, "relu"),
+    "gshard": (Top2MaskedRouter, None, (2.0, 2.0), False, "relu"),
+    "mixtral": (MaskedRouter, 2, (None, None), True, "silu"),
+    "qwen3_moe": (MaskedRouter, 8, (None, None), True, "silu"),
+    "deepseek_v3": (BiasBalancedMaskedRouter, 8, (None, None), True, "silu"),
+    "expert_choice": (ExpertsChooseMaskedRouter, None, (2.0, 2.0), False, "gelu"),
+}
+
+each_preset = pytest.mark.parametrize("name", TABLE)
+
+
+def make(preset, **kwargs):
+    return getattr(presets, preset)(E, F, **kwargs)
+
+
+@each_preset
+def test_a_preset_is_its_paper_s_choices(name):
+    layer = make(name)
+    router, k, factors, gated, activation = TABLE[name]
+    assert type(layer) is MoeLayer
+    assert type(layer.router) is router
+    assert getattr(layer.router, "num_selected_experts", None) == k
+    assert (layer.train_capacity_factor, layer.eval_capacity_factor) == factors
+    assert layer.experts.gated is gated
+    assert keras.activations.serialize(layer.experts.activation) == activation
+    assert not layer.router.use_bias
+
+
+@each_preset
+def test_files_and_steps(name, tmp_path):
+    check_file(lambda: make(name), (12, H), tmp_path / "model.keras")
+
+
+@each_preset
+def test_what_is_given_comes_first(name):
+    layer = make(name, train_capacity_factor=9.0, examples_per_group=None, name="mine")
+    assert layer.train_capacity_factor == 9.0
+    assert layer.examples_per_group is None
+    assert layer.name == "mine"
+
+
+def test_the_dtype_is_everybody_s():
+    layer = make("mixtral", dtype="mixed_bfloat16")
+    x = np.random.default_rng(0).normal(size=(2, 12, H)).astype("float32")
+    assert keras.backend.standardize_dtype(layer(x).dtype) == "bfloat16"
+    assert layer.experts.compute_dtype == "bfloat16"
+    check_step(functional(layer, (12, H)), x)
+
+
+def test_mixtral_by_hand(rng):
+    x = rng.normal(size=(2, 5, H)).astype("float32")
+    layer = presets.mixtral(E, F)
+    found = ops.convert_to_numpy(layer(x))
+    w = {w.path.split("/", 1)[1]: w.numpy() for w in layer.weights}
+    logits = x @ w["router/router_weights/kernel"]
+    for i, j in np.ndindex(2, 5):
+        best = np.argsort(-logits[i, j])[:2]
+        share = np.exp(logits[i, j][best])
+        expected = 0
+        for expert, weight in zip(best, share / share.sum(), strict=True):
+            gate = x[i, j] @ w["experts/gate/kernel"][expert]
+            inner = x[i, j] @ w["experts/intermediate/kernel"][expert]
+            inner = gate / (1 + np.exp(-gate)) * inner
+            expected += weight * (inner @ w["experts/output/kernel"][expert])
+        np.testing.assert_allclose(found[i, j], expected, atol=1e-6)
+
+
+def test_deepseek_groups_must_fit():
+    with pytest.raises(ValueError, match="num_expert_groups"):
+        presets.deepseek_v3(9, F)
