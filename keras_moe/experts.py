@@ -1,11 +1,16 @@
 """Feed-forward layers: one for all tokens, and one for each expert."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_moe import checks, initializers
-from keras_moe.kernels import grouped_dense
+from keras_moe.kernels import RUNS_OP_BY_OP, grouped_dense, split_rows
 from keras_moe.serialization import with_parts
+
+# So few that going from one to the next costs less than it saves.
+FEW_EXPERTS = 16
 
 
 class _FeedForward(keras.layers.Layer):
@@ -69,19 +74,19 @@ class _FeedForward(keras.layers.Layer):
             self.gate_layer.build(input_shape)
         self.output_layer.build((*input_shape[:-1], self.d_ff))
 
-    def call(self, inputs, training=None):
-        return self._feed_forward(inputs, training)
+    @property
+    def _dense_layers(self):
+        gate = [self.gate_layer] if self.gated else []
+        return [self.intermediate_layer, self.output_layer, *gate]
 
-    def _feed_forward(self, inputs, training, **rows):
-        x = self.intermediate_layer(inputs, **rows)
-        x = (
-            self.activation(self.gate_layer(inputs, **rows)) * x
-            if self.gated
-            else self.activation(x)
-        )
+    def call(self, inputs, training=None):
+        return self._feed_forward(inputs, training, *self._dense_layers)
+
+    def _feed_forward(self, inputs, training, intermediate, output, gate=None):
+        x = intermediate(inputs)
+        x = self.activation(x) if gate is None else self.activation(gate(inputs)) * x
         x = self.inner_dropout_layer(x, training=training)
-        x = self.output_layer(x, **rows)
-        return self.output_dropout_layer(x, training=training)
+        return self.output_dropout_layer(output(x), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -187,8 +192,37 @@ class FeedForwardExperts(_FeedForward):
         super().build(input_shape)
 
     def call(self, inputs, group_sizes=None, training=None):
-        rows = {} if group_sizes is None else {"group_sizes": group_sizes}
-        return self._feed_forward(inputs, training, **rows)
+        layers = self._dense_layers
+        if self._can_go_one_by_one(inputs, group_sizes):
+            return self._one_by_one(inputs, group_sizes, training)
+        if group_sizes is not None:
+            layers = [functools.partial(x, group_sizes=group_sizes) for x in layers]
+        return self._feed_forward(inputs, training, *layers)
+
+    def _can_go_one_by_one(self, inputs, group_sizes):
+        return (
+            RUNS_OP_BY_OP
+            and self.num_experts <= FEW_EXPERTS
+            and (group_sizes is not None or inputs.shape[0] == 1)
+            and self.intermediate_layer.quantization_mode is None
+        )
+
+    def _one_by_one(self, inputs, group_sizes, training):
+        """One expert's network after the other, as long as its rows are cached."""
+        if group_sizes is None:
+            rows, rest = ops.unstack(inputs[0], self.num_experts), []
+        else:
+            *rows, rest = split_rows(inputs, group_sizes)
+            rest = [ops.zeros_like(rest)]
+        dense = (layer.of_each_expert() for layer in self._dense_layers)
+        experts = zip(*dense, strict=True)
+        results = [
+            self._feed_forward(x, training, *dense)
+            for x, dense in zip(rows, experts, strict=True)
+        ]
+        if group_sizes is None:
+            return ops.expand_dims(ops.stack(results), axis=0)
+        return ops.concatenate(results + rest, axis=0)
 
     def compute_output_shape(self, inputs_shape, group_sizes_shape=None):
         return inputs_shape
@@ -228,6 +262,21 @@ class ExpertDense(keras.layers.EinsumDense):
         if self.bias is not None:
             outputs = outputs + self.bias
         return ops.expand_dims(outputs, axis=0)
+
+    def of_each_expert(self):
+        """For each expert, a function from `[n, h]` to `[n, units]`."""
+        kernels = ops.unstack(ops.convert_to_tensor(self.kernel))
+        if self.bias is None:
+            return [functools.partial(ops.matmul, x2=kernel) for kernel in kernels]
+        biases = ops.unstack(ops.convert_to_tensor(self.bias))
+        return [
+            functools.partial(_dense, kernel=kernel, bias=bias)
+            for kernel, bias in zip(kernels, biases, strict=True)
+        ]
+
+
+def _dense(x, kernel, bias):
+    return ops.matmul(x, kernel) + bias
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")

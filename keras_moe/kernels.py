@@ -6,12 +6,18 @@ and is what the tests hold the rest against, and then as the backend does it
 best. An index of -1 means no row.
 """
 
+import itertools
+
 import keras
 from keras import ops
 
 # Whether a training step is given a model's state and returns it, instead of
 # changing it.
 CARRIES_STATE = keras.backend.backend() == "jax"
+
+# Whether ops run one after the other, each over all of its data, rather than
+# compiled into one.
+RUNS_OP_BY_OP = keras.backend.backend() in ("tensorflow", "torch")
 
 # Whether XLA can compile `grouped_dense`: not where shapes follow from data.
 XLA_COMPILES_ROWS = keras.backend.backend() != "tensorflow"
@@ -72,6 +78,20 @@ def plain_grouped_dense(rows, kernel, bias, group_sizes):
     return results
 
 
+def plain_split_rows(rows, group_sizes):
+    """Cuts rows into groups.
+
+    Args:
+        rows: `[a, h]`, those of the first group first.
+        group_sizes: int32 `[e]`, at most `a` in sum.
+
+    Returns:
+        A list of `e + 1` tensors: the rows of each group, and those left over.
+    """
+    ends = [0, *(int(end) for end in ops.cumsum(group_sizes)), None]
+    return [rows[start:end] for start, end in itertools.pairwise(ends)]
+
+
 def clip_size(size, low, high):
     """A symbolic dimension of JAX between two others."""
     import jax
@@ -92,19 +112,22 @@ def _tensorflow_kernels():
         # Negative indices are dropped.
         return tf.math.unsorted_segment_sum(rows, index, num_rows)
 
+    def split_rows(rows, group_sizes):
+        left_over = tf.shape(rows)[0] - tf.reduce_sum(group_sizes)
+        sizes = tf.concat([group_sizes, [left_over]], axis=0)
+        return tf.split(rows, sizes, num=group_sizes.shape[0] + 1)
+
     def grouped_dense(rows, kernel, bias, group_sizes):
-        rest = tf.shape(rows)[0] - tf.reduce_sum(group_sizes)
-        sizes = tf.concat([group_sizes, [rest]], axis=0)
-        *groups, left_over = tf.split(rows, sizes, num=kernel.shape[0] + 1)
+        *groups, left_over = split_rows(rows, group_sizes)
         pairs = zip(groups, tf.unstack(kernel), strict=True)
         results = [tf.matmul(x, w) for x, w in pairs]
         if bias is not None:
             pairs = zip(results, tf.unstack(bias), strict=True)
             results = [y + b for y, b in pairs]
-        zeros = tf.zeros([rest, kernel.shape[-1]], left_over.dtype)
+        zeros = tf.zeros([tf.shape(left_over)[0], kernel.shape[-1]], rows.dtype)
         return tf.concat([*results, zeros], axis=0)
 
-    return gather_rows, scatter_add_rows, grouped_dense
+    return gather_rows, scatter_add_rows, split_rows, grouped_dense
 
 
 def _jax_kernels():
@@ -119,7 +142,7 @@ def _jax_kernels():
         result = jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
         return result.at[index].add(rows, mode="drop")
 
-    return gather_rows, scatter_add_rows, _jax_grouped_dense()
+    return gather_rows, scatter_add_rows, plain_split_rows, _jax_grouped_dense()
 
 
 def _jax_grouped_dense():
@@ -238,6 +261,12 @@ def _torch_kernels():
         result = rows.new_zeros((num_rows + 1, *rows.shape[1:]))
         return result.index_add(0, index + 1, rows)[1:]
 
+    def split_rows(rows, group_sizes):
+        if rows.device.type == "meta":  # Only the shape is asked for.
+            return [rows, *(rows[:0] for _ in group_sizes)]
+        sizes = group_sizes.tolist()
+        return rows.split([*sizes, rows.shape[0] - sum(sizes)])
+
     class GroupedDense(torch.autograd.Function):
         @staticmethod
         def forward(ctx, rows, kernel, bias, group_sizes):
@@ -259,10 +288,12 @@ def _torch_kernels():
         def backward(ctx, upstream):
             rows, kernel = ctx.saved_tensors
             upstream = upstream.contiguous()
-            d_rows, d_kernel, d_bias = torch.empty_like(rows), None, None
-            d_kernel = torch.zeros_like(kernel)
+            d_rows, d_kernel = torch.empty_like(rows), torch.empty_like(kernel)
+            d_bias = None
             if ctx.with_bias:
                 d_bias = kernel.new_zeros((kernel.shape[0], 1, kernel.shape[2]))
+            for i in set(range(kernel.shape[0])) - {i for i, _ in ctx.groups}:
+                d_kernel[i] = 0
             for i, group in ctx.groups:
                 x, y = rows[group], upstream[group]
                 torch.mm(y, kernel[i].T, out=d_rows[group])
@@ -285,16 +316,21 @@ def _torch_kernels():
         rows[groups[-1][1].stop if groups else 0 :] = 0
 
     def grouped_dense(rows, kernel, bias, group_sizes):
-        if rows.device.type == "meta":  # Only the shape is asked for.
+        if rows.device.type == "meta":
             return rows.new_empty((rows.shape[0], kernel.shape[2]))
         return GroupedDense.apply(rows, kernel, bias, group_sizes)
 
-    return gather_rows, scatter_add_rows, grouped_dense
+    return gather_rows, scatter_add_rows, split_rows, grouped_dense
 
 
-PLAIN = plain_gather_rows, plain_scatter_add_rows, plain_grouped_dense
+PLAIN = (
+    plain_gather_rows,
+    plain_scatter_add_rows,
+    plain_split_rows,
+    plain_grouped_dense,
+)
 
-gather_rows, scatter_add_rows, grouped_dense = {
+gather_rows, scatter_add_rows, split_rows, grouped_dense = {
     "tensorflow": _tensorflow_kernels,
     "jax": _jax_kernels,
     "torch": _torch_kernels,

@@ -153,9 +153,10 @@ def experts_choose(probs, expert_capacity):
 
 def _take(row, index):
     """`row[g, index[g, e, c]]`."""
-    groups, experts, slots = ops.shape(index)
-    flat = ops.reshape(index, (groups, experts * slots))
-    return ops.reshape(ops.take_along_axis(row, flat, axis=1), (groups, experts, slots))
+    groups, length = ops.shape(row)
+    first = ops.arange(groups, dtype="int32") * length
+    index = ops.cast(index, "int32") + ops.reshape(first, (groups, 1, 1))
+    return ops.take(ops.reshape(row, (groups * length,)), index)
 
 
 def _counts(index, num_experts):

@@ -48,7 +48,7 @@ class Slots(NamedTuple):
     @property
     def expert_usage(self):
         """float32 scalar: the share of slots that are filled."""
-        return ops.mean(self.assignments)
+        return _mean(self.assignments)
 
     @property
     def slots_per_token(self):
@@ -93,7 +93,7 @@ class Rows(NamedTuple):
     @property
     def expert_usage(self):
         """float32 scalar: the share of experts with at least one token."""
-        return ops.mean(ops.cast(self.group_sizes > 0, "float32"))
+        return _mean(ops.cast(self.group_sizes > 0, "float32"))
 
     @property
     def slots_per_token(self):
@@ -131,7 +131,7 @@ class RouterMask(NamedTuple):
     @property
     def expert_usage(self):
         """float32 scalar: the share of slots that are filled."""
-        return ops.mean(self.assignments)
+        return _mean(self.assignments)
 
     @property
     def slots_per_token(self):
@@ -144,6 +144,11 @@ def row_arguments(routing):
     if isinstance(routing, Rows):
         return {"group_sizes": routing.group_sizes}
     return {}
+
+
+def _mean(x):
+    """The mean, 0 of nothing."""
+    return ops.sum(x) / ops.maximum(ops.sum(ops.ones_like(x)), 1.0)
 
 
 def _count_tokens(flat_token_index, probs):

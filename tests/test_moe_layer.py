@@ -534,7 +534,9 @@ def test_a_dense_routing_gives_the_same(rng):
     np.testing.assert_allclose(numpy_call(dense, x), numpy_call(ours, x), atol=1e-5)
     expected = {**by_name(ours), "load_balancing_loss": 0.0}
     assert by_name(dense) == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(TypeError, match=r"probabilities that `Slots` hold.*RouterMask"):
+    with pytest.raises(
+        TypeError, match=r"probabilities that `Slots` and `Rows` hold.*RouterMask"
+    ):
         dense.balance_loss(dense.route(x))
     model = functional(dense, (8, H))
     model.compile("sgd", "mse")
@@ -743,11 +745,11 @@ def test_a_router_that_returns_something_else():
         def compute_routing(self, probs, expert_capacity, training=None):
             return probs, probs
 
-    with pytest.raises(TypeError, match=r"`Slots` or a `RouterMask`.*tuple"):
+    with pytest.raises(TypeError, match=r"`Slots`, `Rows` or a `RouterMask`.*tuple"):
         make_moe(router=Wrong(E))(np.zeros((2, 4, H), "float32"))
 
     class Dense(MaskedRouter):
         compute_routing = MaskedMatmulRouter.compute_routing
 
-    with pytest.raises(TypeError, match="probabilities that `Slots` hold"):
+    with pytest.raises(TypeError, match="probabilities that `Slots` and `Rows` hold"):
         make_moe(router=Dense(E))(np.zeros((2, 4, H), "float32"))
