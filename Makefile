@@ -16,7 +16,7 @@ help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
 	@echo "make test        the tests, on one backend"
 	@echo "make test-all    the tests, on all three backends, and files between them"
-	@echo "make test-peers  parity with Model Garden and mixture-of-experts"
+	@echo "make test-peers  parity with Model Garden, mixture-of-experts, keras-hub"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense feed-forward layer"
 
@@ -32,9 +32,9 @@ test-all:
 	$(MAKE) test KERAS_BACKEND=torch
 	$(bin)/python -m pytest --quiet tests/cross
 
-# Model Garden without its many dependencies, of which its MoE layers use none.
+# Without their many dependencies, of which their MoE layers use none.
 test-peers: .venv/with-tensorflow .venv/with-torch .venv/with-test
-	$(pip) --no-deps tf-keras tf-models-official mixture-of-experts
+	$(pip) --no-deps tf-keras tf-models-official mixture-of-experts keras-hub
 	$(bin)/python -m pytest --quiet tests/peers
 
 lint: .venv/with-lint

@@ -60,6 +60,11 @@ def tokens_choose(probs, valid, k, c, normalize=False, priority="choice"):
     turns = [(token, choice) for choice in range(k) for token in tokens]
     if priority == "token":
         turns = [(token, choice) for token in tokens for choice in range(k)]
+    return serve(wanted, turns, e, c)
+
+
+def serve(wanted, turns, e, c):
+    """Slots and counts for lists of (expert, weight), in turns."""
     slots = [[] for _ in range(e)]
     counts = np.zeros(e)
     for token, choice in turns:
@@ -69,6 +74,44 @@ def tokens_choose(probs, valid, k, c, normalize=False, priority="choice"):
             if len(slots[expert]) < c:
                 slots[expert].append((token, weight))
     return slots, counts
+
+
+def top_two(probs, valid, c, keeps):
+    """First choices, then second ones that `keeps(token, weight)` agrees to.
+
+    The counts are those of the first choices.
+    """
+    t, e = probs.shape
+    wanted = []
+    counts = np.zeros(e)
+    for token in range(t):
+        chosen = best(probs[token], 2) if valid[token] else []
+        total = sum(probs[token][i] for i in chosen)
+        choices = [(i, probs[token][i] / total) for i in chosen]
+        for expert, _ in choices[:1]:
+            counts[expert] += 1
+        wanted.append(choices[:1] + [x for x in choices[1:] if keeps(token, x[1])])
+    turns = [(token, choice) for choice in range(2) for token in range(t)]
+    return serve(wanted, turns, e, c)[0], counts
+
+
+def bias_balanced(scores, bias, valid, k, c, groups=1, selected=1, scale=1.0):
+    """The best scores plus bias, within the best groups of experts."""
+    t, e = scores.shape
+    size = e // groups
+    wanted = []
+    for token in range(t):
+        biased = scores[token] + bias
+        of_group = [
+            sum(sorted(biased[i * size : (i + 1) * size])[-2:]) for i in range(groups)
+        ]
+        open_ = [i * size + j for i in best(of_group, selected) for j in range(size)]
+        allowed = [biased[i] if i in open_ else -math.inf for i in range(e)]
+        chosen = best(allowed, k) if valid[token] else []
+        total = sum(scores[token][i] for i in chosen)
+        wanted.append([(i, scale * scores[token][i] / total) for i in chosen])
+    turns = [(token, choice) for choice in range(k) for token in range(t)]
+    return serve(wanted, turns, e, c)
 
 
 def next_best(probs, valid, k, c, normalize=False):

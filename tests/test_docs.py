@@ -30,7 +30,7 @@ def test_the_examples_run(file, tmp_path, monkeypatch):
     text = file.read_text(encoding="utf-8")
     names = {"__name__": "__main__"}
     examples = list(EXAMPLE.finditer(text))
-    assert examples
+    assert examples or file.name == "performance.md"
     for example in examples:
         # Errors then show the line of the file.
         lines_before = "\n" * text.count("\n", 0, example.start("code"))

@@ -402,3 +402,153 @@ def test_bad_arguments_of_the_top_2_router(arguments, error):
 def test_bad_options(arguments, error):
     with pytest.raises(error):
         MaskedRouter(4, **arguments)
+
+
+# Against the oracle, over random tables, with what is random written down.
+
+
+def random_tables(rng, ties):
+    """Probabilities `[g, t, e]`, 0 for masked tokens, and who is valid."""
+    g, t, e = 3, 13, 6
+    probs = oracle.softmax(rng.normal(size=(g, t, e)))
+    if ties:
+        probs = rng.integers(1, 4, size=(g, t, e)) / 16
+    valid = rng.random((g, t)) < 0.8
+    valid[1] = False
+    return np.where(valid[..., None], probs, 0).astype("float32"), valid
+
+
+def written_down(monkeypatch, name):
+    """A list of all that `keras.random.<name>` draws."""
+    drawn, draw = [], getattr(keras.random, name)
+
+    def draw_and_write(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(keras.random, name, draw_and_write)
+    return drawn
+
+
+def check_slots(slots, expected, c):
+    """Compares `Slots` with the oracle's slots and counts of each group."""
+    slots = type(slots)(*(ops.convert_to_numpy(part) for part in slots))
+    for i, (of_group, counts) in enumerate(expected):
+        index, weight = oracle.as_arrays(of_group, c)
+        np.testing.assert_array_equal(slots.token_index[i], index)
+        np.testing.assert_allclose(slots.weight[i], weight, rtol=1e-5)
+        np.testing.assert_allclose(
+            slots.load[i], counts / max(counts.sum(), 1), rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("policy", ["all", "none", "threshold", "random"])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("c", [1, 4, 13])
+@pytest.mark.parametrize("training", [False, True])
+def test_top_2_against_the_oracle(policy, ties, c, training, rng, monkeypatch):
+    probs, valid = random_tables(rng, ties)
+    router = Top2MaskedRouter(
+        6,
+        second_policy_train=policy,
+        second_policy_eval=policy,
+        second_threshold_train=0.4,
+        second_threshold_eval=0.3,
+    )
+    drawn = written_down(monkeypatch, "uniform")
+    slots = router.compute_routing(ops.convert_to_tensor(probs), c, training)
+    noise = ops.convert_to_numpy(drawn[0])[..., 0] if drawn else None
+    assert bool(drawn) == (policy == "random")
+    threshold = 0.4 if training else 0.3
+
+    def keeps(group):
+        return {
+            "all": lambda token, weight: True,
+            "none": lambda token, weight: False,
+            "threshold": lambda token, weight: weight > threshold,
+            "random": lambda token, weight: noise[group, token] < weight / threshold,
+        }[policy]
+
+    expected = [oracle.top_two(probs[i], valid[i], c, keeps(i)) for i in range(3)]
+    check_slots(slots, expected, c)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("groups", "selected"), [(1, 1), (3, 2), (2, 1)])
+@pytest.mark.parametrize("c", [1, 4, 13])
+def test_bias_balanced_against_the_oracle(ties, groups, selected, c, rng):
+    scores, valid = random_tables(rng, ties)
+    router = BiasBalancedMaskedRouter(
+        6,
+        num_selected_experts=2,
+        routed_scaling_factor=2.5,
+        num_expert_groups=groups,
+        num_selected_groups=selected,
+    )
+    router.build((None, None, 4))
+    # Of sixteenths: added to tied scores they tie again.
+    bias = rng.integers(-3, 4, size=6) / 16
+    router.expert_bias.assign(bias)
+    slots = router.compute_routing(ops.convert_to_tensor(scores), c)
+    expected = [
+        oracle.bias_balanced(scores[i], bias, valid[i], 2, c, groups, selected, 2.5)
+        for i in range(3)
+    ]
+    check_slots(slots, expected, c)
+
+
+def test_the_bias_over_training_steps_against_the_oracle(rng):
+    router = BiasBalancedMaskedRouter(
+        6, num_selected_experts=2, bias_update_rate=0.1, kernel_initializer="he_normal"
+    )
+    router.build((None, None, 4))
+    kernel = router.router_weights.get_weights()[0]
+    bias = np.zeros(6)
+    for _ in range(5):
+        x = rng.normal(size=(3, 7, 4)).astype("float32")
+        mask = rng.random((3, 7)) < 0.8
+        slots = router(x, expert_capacity=3, mask=mask, training=True)
+        scores = 1 / (1 + np.exp(-(x.astype("float64") @ kernel)))
+        expected = [
+            oracle.bias_balanced(scores[i], bias, mask[i], 2, 3) for i in range(3)
+        ]
+        check_slots(slots, expected, 3)
+        load = sum(counts for _, counts in expected)
+        bias += 0.1 * np.sign(load.mean() - load)
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(router.expert_bias), bias, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("mechanism", ["softmax", "gumbel", "sigmoid"])
+def test_the_noise_of_training_against_the_oracle(mechanism, rng, monkeypatch):
+    """Jitter on the inputs, noise on the logits, a Gumbel sample."""
+    router = MaskedRouter(
+        6,
+        mechanism=mechanism,
+        jitter_noise=0.2,
+        noise_std=0.5,
+        kernel_initializer="he_normal",
+    )
+    router.build((None, None, 4))
+    kernel = router.router_weights.get_weights()[0].astype("float64")
+    x = rng.normal(size=(3, 7, 4)).astype("float32")
+    uniform = written_down(monkeypatch, "uniform")
+    normal = written_down(monkeypatch, "normal")
+    slots = router(x, expert_capacity=3, training=True)
+    jitter, noise = (ops.convert_to_numpy(drawn[0]) for drawn in (uniform, normal))
+    logits = (x * jitter).astype("float64") @ kernel + noise
+    if mechanism == "gumbel":
+        logits = logits - np.log(-np.log(ops.convert_to_numpy(uniform[1])))
+        probs = np.eye(6)[logits.argmax(-1)]
+    elif mechanism == "sigmoid":
+        probs = 1 / (1 + np.exp(-logits))
+    else:
+        probs = oracle.softmax(logits)
+    valid = np.ones(7, bool)
+    expected = [oracle.tokens_choose(probs[i], valid, 1, 3) for i in range(3)]
+    check_slots(slots, expected, 3)
+    # Outside training there is none.
+    drawn = len(uniform) + len(normal)
+    router(x, expert_capacity=3)
+    assert len(uniform) + len(normal) == drawn
