@@ -9,13 +9,15 @@ export TF_CPP_MIN_LOG_LEVEL ?= 2
 bin := .venv/bin
 pip := $(bin)/python -m pip install --quiet --constraint constraints.txt
 pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
+# What `make test` leaves to `make test-all`.
+select ?= -m "not thorough"
 
 .PHONY: help demo test test-all test-peers lint bench clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
 	@echo "make test        the tests, on one backend"
-	@echo "make test-all    the tests, on all three backends, and files between them"
+	@echo "make test-all    all tests, on all three backends, and files between them"
 	@echo "make test-peers  parity with Model Garden, mixture-of-experts, keras-hub"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense feed-forward layer"
@@ -24,12 +26,12 @@ demo: .venv/with-$(KERAS_BACKEND) .venv/with-examples
 	$(bin)/python examples/char_lm.py $(DEMO)
 
 test: .venv/with-$(KERAS_BACKEND) .venv/with-test
-	$(pytest) tests --ignore tests/peers --ignore tests/cross
+	$(pytest) tests --ignore tests/peers --ignore tests/cross $(select)
 
 test-all:
-	$(MAKE) test KERAS_BACKEND=tensorflow
-	$(MAKE) test KERAS_BACKEND=jax
-	$(MAKE) test KERAS_BACKEND=torch
+	$(MAKE) test select= KERAS_BACKEND=tensorflow
+	$(MAKE) test select= KERAS_BACKEND=jax
+	$(MAKE) test select= KERAS_BACKEND=torch
 	$(bin)/python -m pytest --quiet tests/cross
 
 # Without their many dependencies, of which their MoE layers use none.

@@ -198,21 +198,26 @@ def _jax_grouped_dense():
 
     def multiply_rows(rows, upstream, bias, group_sizes):
         """`[e, h, f]` and `[e, 1, f]`: the gradients of kernel and bias."""
+        # Half precision does not add up many blocks.
+        wide = {"dtype": jnp.promote_types(rows.dtype, "float32")}
 
         def update(result, group, own, block, start):
             kernel, bias = result
             y = jnp.where(own, block(upstream), 0)
             # A row of a neighbour may be NaN, which 0 does not silence.
             x = jnp.where(own, block(rows), 0)
-            kernel = kernel.at[group].add(x.T @ y)
+            product = jnp.matmul(x.T, y, preferred_element_type=wide["dtype"])
+            kernel = kernel.at[group].add(product)
             if bias is not None:
-                bias = bias.at[group].add(jnp.sum(y, axis=0, keepdims=True))
+                bias = bias.at[group].add(jnp.sum(y, axis=0, keepdims=True, **wide))
             return kernel, bias
 
         shape = (group_sizes.shape[0], rows.shape[1], upstream.shape[1])
-        kernel = jnp.zeros(shape, rows.dtype)
-        bias = None if bias is None else jnp.zeros_like(bias)
-        return over_blocks(update, (kernel, bias), group_sizes, rows.shape[0])
+        zeros = jnp.zeros(shape, **wide), None
+        if bias is not None:
+            zeros = zeros[0], jnp.zeros(bias.shape, **wide)
+        sums = over_blocks(update, zeros, group_sizes, rows.shape[0])
+        return jax.tree.map(lambda x: x.astype(rows.dtype), sums)
 
     @jax.custom_vjp
     def by_blocks(rows, kernel, bias, group_sizes):

@@ -156,8 +156,9 @@ class MoeLayer(CapacityMoeLayer):
 def _check_dropless(experts, router):
     if not router.supports_dropless:
         raise ValueError(
-            f"{type(router).__name__} needs a capacity: it is what each expert takes, "
-            "or the router has no other form. Received: a capacity factor of None."
+            f"{type(router).__name__} needs a capacity: where experts choose it is "
+            "what each takes, and a router of one's own must say `supports_dropless`. "
+            "Received: a capacity factor of None."
         )
     if "group_sizes" not in inspect.signature(experts.call).parameters:
         raise ValueError(

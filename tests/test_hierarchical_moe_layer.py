@@ -128,6 +128,7 @@ def test_both_levels_report(rng):
     assert layer.losses == [] and layer.metrics == []
 
 
+@pytest.mark.thorough
 def test_the_layer_check(tmp_path):
     check_layer(make_layer, (12, H))
     check_file(make_layer, (12, H), tmp_path / "model.keras")

@@ -123,6 +123,33 @@ def test_grouped_dense_in_half_precision(dtype, rtol, rng):
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * 4)
 
 
+def test_gradients_add_up_in_half_precision(rng):
+    """Of 4000 rows alike: bfloat16 itself counts to 256."""
+    rows, kernel = np.ones((4000, 2), "float32"), np.ones((2, 2, 2), "float32")
+    bias, sizes = np.ones((2, 1, 2), "float32"), np.array([4000, 0], "int32")
+
+    def function(rows, kernel, bias):
+        arrays = (ops.cast(a, "bfloat16") for a in (rows, kernel, bias))
+        results = kernels.grouped_dense(*arrays, ops.convert_to_tensor(sizes))
+        return ops.sum(ops.cast(results, "float32"))
+
+    _, d_kernel, d_bias = gradients(function, rows, kernel, bias)
+    expected = np.array([[[4000] * 2] * 2, [[0] * 2] * 2])
+    np.testing.assert_allclose(d_kernel, expected, rtol=0.01)
+    np.testing.assert_allclose(d_bias, [[[4000, 4000]], [[0, 0]]], rtol=0.01)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's")
+def test_ragged_dot_for_gpus_and_tpus(monkeypatch):
+    import jax
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        test_grouped_dense_a_table()
+        for case in (([3, 0, 40, 1], 2, 5, 4, True, 0), ([0, 0], 4, 3, 2, False, 0)):
+            test_grouped_dense_equals_its_plain_twin.hypothesis.inner_test(case)
+
+
 def test_a_nan_row_of_a_group_stays_alone(rng):
     rows = rng.normal(size=(6, 2)).astype("float32")
     rows[3], rows[5] = np.nan, np.inf
