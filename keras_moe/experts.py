@@ -192,9 +192,9 @@ class FeedForwardExperts(_FeedForward):
         super().build(input_shape)
 
     def call(self, inputs, group_sizes=None, training=None):
-        layers = self._dense_layers
         if self._can_go_one_by_one(inputs, group_sizes):
             return self._one_by_one(inputs, group_sizes, training)
+        layers = self._dense_layers
         if group_sizes is not None:
             layers = [functools.partial(x, group_sizes=group_sizes) for x in layers]
         return self._feed_forward(inputs, training, *layers)
@@ -214,11 +214,10 @@ class FeedForwardExperts(_FeedForward):
         else:
             *rows, rest = split_rows(inputs, group_sizes)
             rest = [ops.zeros_like(rest)]
-        dense = (layer.of_each_expert() for layer in self._dense_layers)
-        experts = zip(*dense, strict=True)
+        layers = [layer.of_each_expert() for layer in self._dense_layers]
         results = [
             self._feed_forward(x, training, *dense)
-            for x, dense in zip(rows, experts, strict=True)
+            for x, *dense in zip(rows, *layers, strict=True)
         ]
         if group_sizes is None:
             return ops.expand_dims(ops.stack(results), axis=0)
