@@ -155,8 +155,9 @@ def _take(row, index):
     """`row[g, index[g, e, c]]`."""
     groups, length = ops.shape(row)
     first = ops.arange(groups, dtype="int32") * length
-    index = ops.cast(index, "int32") + ops.reshape(first, (groups, 1, 1))
-    return ops.take(ops.reshape(row, (groups * length,)), index)
+    flat = ops.cast(index, "int32") + ops.reshape(first, (groups, 1, 1))
+    taken = ops.take(ops.reshape(row, (-1,)), ops.reshape(flat, (-1,)), axis=0)
+    return ops.reshape(taken, ops.shape(index))
 
 
 def _counts(index, num_experts):

@@ -68,7 +68,7 @@ def test_weights_and_outputs_meet_in_float32(slots):
 
 
 def test_anything_else_is_a_type_error(slots):
-    with pytest.raises(TypeError, match=r"`Slots` or a `RouterMask`.*tuple"):
+    with pytest.raises(TypeError, match=r"`Slots`, `Rows` or a `RouterMask`.*tuple"):
         dispatch(ops.zeros((g, t, h)), (1, 2))
-    with pytest.raises(TypeError, match=r"`Slots` or a `RouterMask`.*tuple"):
+    with pytest.raises(TypeError, match=r"`Slots`, `Rows` or a `RouterMask`.*tuple"):
         combine(ops.zeros((1, e, g * c, h)), (1, 2))
