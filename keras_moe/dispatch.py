@@ -24,12 +24,11 @@ def dispatch(tokens, routing):
     """
     check_routing(routing)
     groups, t, hidden = ops.shape(tokens)
+    rows = ops.reshape(tokens, (groups * t, hidden))
     if isinstance(routing, Rows):
-        rows = ops.reshape(tokens, (groups * t, hidden))
         return gather_rows(rows, routing.token_index)
     if isinstance(routing, Slots):
         _, experts, capacity = ops.shape(routing.token_index)
-        rows = ops.reshape(tokens, (groups * t, hidden))
         buffers = gather_rows(rows, _expert_major(routing.flat_token_index))
     else:
         _, _, experts, capacity = ops.shape(routing.dispatch_mask)
