@@ -1,5 +1,6 @@
 """What every layer must pass, on every backend."""
 
+import contextlib
 import json
 
 import keras
@@ -64,10 +65,11 @@ def check_config(make, shape, x):
 
 
 def check_fit(model, x):
-    """`fit` works with a last batch of one, `predict` too."""
+    """`fit` changes every weight, with a last batch of one; `predict` works."""
     model.compile("sgd", "mse")
     size = len(x) - 1
-    history = model.fit(x, x, batch_size=size, verbose=0).history
+    with changes_every_weight(model, x):
+        history = model.fit(x, x[..., ::-1], batch_size=size, verbose=0).history
     assert all(np.isfinite(v).all() for v in history.values()), history
     assert np.isfinite(model.predict(x, batch_size=size, verbose=0)).all()
 
@@ -75,10 +77,17 @@ def check_fit(model, x):
 def check_step(model, x, **compile_arguments):
     """A step changes every weight that is trained."""
     model.compile("sgd", "mse", **compile_arguments)
+    with changes_every_weight(model, x):
+        logs = model.train_on_batch(x, x[..., ::-1], return_dict=True)
+    assert np.isfinite(list(logs.values())).all(), logs
+
+
+@contextlib.contextmanager
+def changes_every_weight(model, x):
+    """Builds the model; then every weight that is trained must change."""
     call(model, x)
     before = [np.copy(w) for w in model.get_weights()]
-    logs = model.train_on_batch(x, x[..., ::-1], return_dict=True)
-    assert np.isfinite(list(logs.values())).all(), logs
+    yield
     after = model.get_weights()
     for weight, a, b in zip(model.weights, before, after, strict=True):
         assert np.isfinite(b).all(), weight.path

@@ -256,7 +256,10 @@ def test_balance_loss(rng):
 # Inside models.
 
 
-@pytest.mark.parametrize(("k", "examples"), [(2, None), (None, 2)])
+@pytest.mark.parametrize(
+    ("k", "examples"),
+    [pytest.param(1, 1, marks=pytest.mark.thorough), (2, None), (None, 2)],
+)
 def test_the_layer_check(k, examples, tmp_path):
     def make(**kwargs):
         return make_moe(k, factor=2.0, examples_per_group=examples, **kwargs)
