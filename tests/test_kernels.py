@@ -7,20 +7,21 @@ from hypothesis import strategies as st
 from keras import ops
 
 from keras_moe import kernels
+from keras_moe.kernels import plain
 
 INDEX = np.array([3, -1, 0, 3, -1], "int32")
 
 
 def test_gather_rows_a_table():
     x = ops.convert_to_tensor(np.array([[1.0], [2.0], [3.0], [4.0]], "float32"))
-    for gather in (kernels.gather_rows, kernels.plain_gather_rows):
+    for gather in (kernels.gather_rows, plain.gather_rows):
         rows = ops.convert_to_numpy(gather(x, ops.convert_to_tensor(INDEX)))
         np.testing.assert_array_equal(rows, [[4], [0], [1], [4], [0]])
 
 
 def test_scatter_add_rows_a_table():
     rows = ops.convert_to_tensor(np.array([[1], [2], [4], [8], [16]], "float32"))
-    for scatter in (kernels.scatter_add_rows, kernels.plain_scatter_add_rows):
+    for scatter in (kernels.scatter_add_rows, plain.scatter_add_rows):
         result = ops.convert_to_numpy(scatter(rows, ops.convert_to_tensor(INDEX), 5))
         np.testing.assert_array_equal(result, [[4], [0], [0], [9], [0]])
 
@@ -40,12 +41,12 @@ def test_the_backend_s_kernels_equal_the_plain_ones(rows, rng):
 
     for make, kernel in ((gathered, "gather_rows"), (scattered, "scatter_add_rows")):
         ours = make(getattr(kernels, kernel))
-        plain = make(getattr(kernels, f"plain_{kernel}"))
+        theirs = make(getattr(plain, kernel))
         tensors = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
         np.testing.assert_allclose(
-            float(ours(*tensors)), float(plain(*tensors)), rtol=1e-5
+            float(ours(*tensors)), float(theirs(*tensors)), rtol=1e-5
         )
-        for a, b in zip(gradients(ours, x, y), gradients(plain, x, y), strict=True):
+        for a, b in zip(gradients(ours, x, y), gradients(theirs, x, y), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -59,13 +60,17 @@ def test_nan_rows_stay_where_they_are():
 
 
 def test_grouped_dense_a_table():
+    for dense in (kernels.grouped_dense, plain.grouped_dense):
+        check_a_table(dense)
+
+
+def check_a_table(dense):
     rows = ops.convert_to_tensor(np.array([[1], [2], [3], [4]], "float32"))
     kernel = ops.convert_to_tensor(np.array([[[1]], [[10]], [[100]]], "float32"))
     bias = ops.convert_to_tensor(np.array([[[0.5]], [[0.25]], [[0]]], "float32"))
     sizes = ops.convert_to_tensor(np.array([2, 0, 1], "int32"))
-    for dense in (kernels.grouped_dense, kernels.plain_grouped_dense):
-        found = ops.convert_to_numpy(dense(rows, kernel, bias, sizes))
-        np.testing.assert_array_equal(found, [[1.5], [2.5], [300], [0]])
+    found = ops.convert_to_numpy(dense(rows, kernel, bias, sizes))
+    np.testing.assert_array_equal(found, [[1.5], [2.5], [300], [0]])
 
 
 @st.composite
@@ -85,6 +90,10 @@ def groups_of_rows(draw):
 @example(([0, 500, 0, 0], 3, 8, 5, True, 0))  # all in one group, several blocks
 @example(([129, 128, 127, 1, 0, 64], 9, 2, 3, True, 0))  # at a block's edges
 def test_grouped_dense_equals_its_plain_twin(case):
+    check_against_the_twin(kernels.grouped_dense, case)
+
+
+def check_against_the_twin(dense, case):
     sizes, left_over, hidden, width, with_bias, seed = case
     rng = np.random.default_rng(seed)
     rows = rng.normal(size=(sum(sizes) + left_over, hidden)).astype("float32")
@@ -101,11 +110,13 @@ def test_grouped_dense_equals_its_plain_twin(case):
 
         return function
 
-    ours, plain = error(kernels.grouped_dense), error(kernels.plain_grouped_dense)
+    ours, theirs = error(dense), error(plain.grouped_dense)
     arrays = rows, kernel, bias
     tensors = [ops.convert_to_tensor(a) for a in arrays]
-    np.testing.assert_allclose(float(ours(*tensors)), float(plain(*tensors)), rtol=1e-5)
-    found, expected = gradients(ours, *arrays), gradients(plain, *arrays)
+    np.testing.assert_allclose(
+        float(ours(*tensors)), float(theirs(*tensors)), rtol=1e-5
+    )
+    found, expected = gradients(ours, *arrays), gradients(theirs, *arrays)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max(initial=0)))
 
@@ -118,7 +129,7 @@ def test_grouped_dense_in_half_precision(dtype, rtol, rng):
     found = kernels.grouped_dense(*arrays, sizes)
     assert keras.backend.standardize_dtype(found.dtype) == dtype
     single = [ops.cast(a, "float32") for a in arrays]
-    expected = ops.convert_to_numpy(kernels.plain_grouped_dense(*single, sizes))
+    expected = ops.convert_to_numpy(plain.grouped_dense(*single, sizes))
     found = ops.convert_to_numpy(ops.cast(found, "float32"))
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * 4)
 
@@ -140,14 +151,12 @@ def test_gradients_add_up_in_half_precision(rng):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's")
-def test_ragged_dot_for_gpus_and_tpus(monkeypatch):
-    import jax
+def test_ragged_dot_for_gpus_and_tpus():
+    from keras_moe.kernels.jax import by_ragged_dot
 
-    with monkeypatch.context() as patch:
-        patch.setattr(jax, "default_backend", lambda: "gpu")
-        test_grouped_dense_a_table()
-        for case in (([3, 0, 40, 1], 2, 5, 4, True, 0), ([0, 0], 4, 3, 2, False, 0)):
-            test_grouped_dense_equals_its_plain_twin.hypothesis.inner_test(case)
+    check_a_table(by_ragged_dot)
+    for case in (([3, 0, 40, 1], 2, 5, 4, True, 0), ([0, 0], 4, 3, 2, False, 0)):
+        check_against_the_twin(by_ragged_dot, case)
 
 
 def test_a_nan_row_of_a_group_stays_alone(rng):

@@ -1,0 +1,131 @@
+"""The kernels as JAX does them best."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from keras_moe.kernels.plain import split_rows  # noqa: F401
+
+# So many rows of a group are multiplied at once on a CPU.
+BLOCK = 128
+
+
+def gather_rows(x, index):
+    index = jnp.where(index >= 0, index, x.shape[0])
+    return x.at[index].get(mode="fill", fill_value=0)
+
+
+def scatter_add_rows(rows, index, num_rows):
+    index = jnp.where(index >= 0, index, num_rows)
+    result = jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
+    return result.at[index].add(rows, mode="drop")
+
+
+def grouped_dense(rows, kernel, bias, group_sizes):
+    if jax.default_backend() != "cpu":
+        return by_ragged_dot(rows, kernel, bias, group_sizes)
+    num_rows = rows.shape[0]
+    if isinstance(num_rows, int) and num_rows:
+        return _by_blocks(rows, kernel, bias, group_sizes)
+    # Of an unknown number of rows, or none: at least a block of them.
+    rows = jnp.concatenate([rows, jnp.zeros((BLOCK, rows.shape[1]), rows.dtype)])
+    return _by_blocks(rows, kernel, bias, group_sizes)[:num_rows]
+
+
+def by_ragged_dot(rows, kernel, bias, group_sizes):
+    """`grouped_dense` for GPUs and TPUs; a CPU would multiply every matrix."""
+    ends = jnp.cumsum(group_sizes)
+    index = jnp.arange(rows.shape[0])
+    result = lax.ragged_dot(rows, kernel, group_sizes)
+    if bias is not None:
+        group = jnp.searchsorted(ends, index, side="right")
+        result = result + bias.at[group, 0].get(mode="fill", fill_value=0)
+    return jnp.where(jnp.expand_dims(index < ends[-1], -1), result, 0)
+
+
+@jax.custom_vjp
+def _by_blocks(rows, kernel, bias, group_sizes):
+    return _multiply(rows, kernel, bias, group_sizes)
+
+
+def _forward(*arguments):
+    return _by_blocks(*arguments), arguments
+
+
+def _backward(arguments, upstream):
+    rows, kernel, bias, group_sizes = arguments
+    d_rows = _multiply(upstream, kernel, None, group_sizes, transposed=True)
+    return d_rows, *_weight_gradients(rows, upstream, bias, group_sizes), None
+
+
+_by_blocks.defvjp(_forward, _backward)
+
+
+def _multiply(rows, kernel, bias, group_sizes, transposed=False):
+    """`[a, f]`: each group's rows times its matrix."""
+
+    def update(result, group, own, block, start):
+        matrix = lax.dynamic_index_in_dim(kernel, group, keepdims=False)
+        y = block(rows) @ (matrix.T if transposed else matrix)
+        if bias is not None:
+            y = y + lax.dynamic_index_in_dim(bias, group, keepdims=False)
+        y = jnp.where(own, y, block(result))
+        return lax.dynamic_update_slice_in_dim(result, y, start, axis=0)
+
+    width = kernel.shape[1 if transposed else 2]
+    result = jnp.zeros((rows.shape[0], width), rows.dtype)
+    return _over_blocks(update, result, group_sizes, rows.shape[0])
+
+
+def _weight_gradients(rows, upstream, bias, group_sizes):
+    """`[e, h, f]` and `[e, 1, f]`, or `None` without a bias."""
+    # Half precision does not add up many blocks.
+    wide = {"dtype": jnp.promote_types(rows.dtype, "float32")}
+
+    def update(result, group, own, block, start):
+        kernel, bias = result
+        y = jnp.where(own, block(upstream), 0)
+        # A row of a neighbour may be NaN, which 0 does not silence.
+        x = jnp.where(own, block(rows), 0)
+        product = jnp.matmul(x.T, y, preferred_element_type=wide["dtype"])
+        kernel = kernel.at[group].add(product)
+        if bias is not None:
+            bias = bias.at[group].add(jnp.sum(y, axis=0, keepdims=True, **wide))
+        return kernel, bias
+
+    shape = (group_sizes.shape[0], rows.shape[1], upstream.shape[1])
+    zeros = jnp.zeros(shape, **wide), None
+    if bias is not None:
+        zeros = zeros[0], jnp.zeros(bias.shape, **wide)
+    sums = _over_blocks(update, zeros, group_sizes, rows.shape[0])
+    return jax.tree.map(lambda x: x.astype(rows.dtype), sums)
+
+
+def _over_blocks(update, result, group_sizes, num_rows):
+    """Updates a result with the rows of all groups, block by block.
+
+    As many blocks as the rows of this batch fill, so that a group costs what
+    it holds. A block begins at row `start`; those of its `size` rows are the
+    group's that `own` says.
+    """
+    group_sizes = jnp.asarray(group_sizes)
+    size = min(num_rows, BLOCK) if isinstance(num_rows, int) else BLOCK
+    ends = jnp.cumsum(group_sizes)
+    blocks = -(-group_sizes // size)
+    last = jnp.cumsum(blocks)
+
+    def body(i, result):
+        group = jnp.searchsorted(last, i, side="right")
+        first = ends[group] - group_sizes[group]
+        first += size * (i - last[group] + blocks[group])
+        # A block that would reach beyond the last row begins earlier.
+        start = jnp.minimum(first, num_rows - size)
+        row = jnp.expand_dims(start + jnp.arange(size), -1)
+        own = (first <= row) & (row < ends[group])
+
+        def block(x):
+            return lax.dynamic_slice_in_dim(x, start, size)
+
+        return update(result, group, own, block, start)
+
+    return lax.fori_loop(0, last[-1], body, result)

@@ -1,0 +1,79 @@
+"""The kernels as PyTorch does them best."""
+
+import torch
+
+
+def gather_rows(x, index):
+    x = torch.cat([x.new_zeros((1, x.shape[1])), x])
+    return x.index_select(0, index + 1)
+
+
+def scatter_add_rows(rows, index, num_rows):
+    result = rows.new_zeros((num_rows + 1, *rows.shape[1:]))
+    return result.index_add(0, index + 1, rows)[1:]
+
+
+def split_rows(rows, group_sizes):
+    if rows.device.type == "meta":  # Only the shape is asked for.
+        return [rows, *(rows[:0] for _ in group_sizes)]
+    sizes = group_sizes.tolist()
+    return rows.split([*sizes, rows.shape[0] - sum(sizes)])
+
+
+def grouped_dense(rows, kernel, bias, group_sizes):
+    if rows.device.type == "meta":
+        return rows.new_empty((rows.shape[0], kernel.shape[2]))
+    return _GroupedDense.apply(rows, kernel, bias, group_sizes)
+
+
+class _GroupedDense(torch.autograd.Function):
+    """One product a group, written where it belongs."""
+
+    @staticmethod
+    def forward(ctx, rows, kernel, bias, group_sizes):
+        result = rows.new_empty((rows.shape[0], kernel.shape[2]))
+        groups = _slices(group_sizes)
+        for i, group in groups:
+            x, y = rows[group], result[group]
+            if bias is None:
+                torch.mm(x, kernel[i], out=y)
+            else:
+                torch.addmm(bias[i], x, kernel[i], out=y)
+        _clear_left_over(result, groups)
+        ctx.save_for_backward(rows, kernel)
+        ctx.groups, ctx.with_bias = groups, bias is not None
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        rows, kernel = ctx.saved_tensors
+        upstream = upstream.contiguous()
+        d_rows, d_kernel = torch.empty_like(rows), torch.empty_like(kernel)
+        d_bias = None
+        if ctx.with_bias:
+            d_bias = kernel.new_zeros((kernel.shape[0], 1, kernel.shape[2]))
+        for i in set(range(kernel.shape[0])) - {i for i, _ in ctx.groups}:
+            d_kernel[i] = 0
+        for i, group in ctx.groups:
+            x, y = rows[group], upstream[group]
+            torch.mm(y, kernel[i].T, out=d_rows[group])
+            torch.mm(x.T, y, out=d_kernel[i])
+            if ctx.with_bias:
+                torch.sum(y, 0, keepdim=True, out=d_bias[i])
+        _clear_left_over(d_rows, ctx.groups)
+        return d_rows, d_kernel, d_bias, None
+
+
+def _slices(group_sizes):
+    """The groups that are not empty, and their rows."""
+    groups, start = [], 0
+    for i, size in enumerate(group_sizes.tolist()):
+        if size:
+            groups.append((i, slice(start, start + size)))
+        start += size
+    return groups
+
+
+def _clear_left_over(rows, groups):
+    rows[groups[-1][1].stop if groups else 0 :] = 0
