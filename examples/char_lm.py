@@ -5,7 +5,7 @@ They differ in their feed-forward layers only: in the MoE model a token passes
 one of eight experts, each as large as the dense model's one layer. So it has
 more parameters, and but for the small gate no more FLOPs for a token.
 
-    python examples/char_lm.py [--steps 600] [--output runs/demo] [--seed 0]
+    python examples/char_lm.py [--steps 500] [--output runs/demo] [--seed 0]
 """
 
 import argparse
@@ -39,7 +39,7 @@ EVAL_CAPACITY = 2.0
 # The training.
 BATCH = 16
 LEARNING_RATE = 1e-3
-EPOCHS = 8  # the held-out text is measured after each
+EPOCHS = 5  # the held-out text is measured after each
 HELD_OUT = 0.1  # of the text: its end
 
 # What the MoE model writes.
@@ -74,7 +74,7 @@ def main(arguments=None):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=600, help="of training")
+    parser.add_argument("--steps", type=int, default=500, help="of training")
     parser.add_argument("--output", type=pathlib.Path, default="runs/demo")
     parser.add_argument("--seed", type=int, default=0)
     help_text = "do not train: measure this model, and let it write"
