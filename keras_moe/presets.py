@@ -17,6 +17,10 @@ from keras_moe.routers import (
 _RELU = {"activation": "relu", "use_bias": False}
 _SWIGLU = {"activation": "silu", "gated": True, "use_bias": False}
 
+# Capacities.
+_TWICE = {"train_capacity_factor": 2.0, "eval_capacity_factor": 2.0}
+_DROPLESS = {"train_capacity_factor": None, "eval_capacity_factor": None}
+
 
 def switch(num_experts, d_ff, **kwargs):
     """The Switch Transformer: one expert a token, and a capacity.
@@ -32,14 +36,9 @@ def switch(num_experts, d_ff, **kwargs):
     Reference:
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2.
     """
-    router = MaskedRouter(
-        num_experts,
-        jitter_noise=0.01,
-        use_bias=False,
-        load_balancing_loss_weight=0.01,
-        dtype=kwargs.get("dtype"),
-    )
-    return _make(router, d_ff, _RELU, kwargs, train=1.25, evaluation=2.0)
+    router = {"jitter_noise": 0.01, "load_balancing_loss_weight": 0.01}
+    factors = {"train_capacity_factor": 1.25, "eval_capacity_factor": 2.0}
+    return _make(num_experts, d_ff, MaskedRouter, router, _RELU, factors | kwargs)
 
 
 def gshard(num_experts, d_ff, **kwargs):
@@ -56,16 +55,13 @@ def gshard(num_experts, d_ff, **kwargs):
     Reference:
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1.
     """
-    router = Top2MaskedRouter(
-        num_experts,
-        second_policy_train="random",
-        second_threshold_train=0.5,
-        second_policy_eval="all",
-        use_bias=False,
-        load_balancing_loss_weight=0.01,
-        dtype=kwargs.get("dtype"),
-    )
-    return _make(router, d_ff, _RELU, kwargs, train=2.0, evaluation=2.0)
+    router = {
+        "second_policy_train": "random",
+        "second_threshold_train": 0.5,
+        "second_policy_eval": "all",
+        "load_balancing_loss_weight": 0.01,
+    }
+    return _make(num_experts, d_ff, Top2MaskedRouter, router, _RELU, _TWICE | kwargs)
 
 
 def mixtral(num_experts, d_ff, *, num_selected_experts=2, **kwargs):
@@ -83,8 +79,8 @@ def mixtral(num_experts, d_ff, *, num_selected_experts=2, **kwargs):
     Reference:
         [Jiang et al., 2024](https://arxiv.org/abs/2401.04088), section 2.1.
     """
-    router = _normalized_choice(num_experts, num_selected_experts, 0.02, kwargs)
-    return _make(router, d_ff, _SWIGLU, kwargs)
+    router = _normalized_choice(num_selected_experts, 0.02)
+    return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
 
 
 def qwen3_moe(num_experts, d_ff, *, num_selected_experts=8, **kwargs):
@@ -102,8 +98,8 @@ def qwen3_moe(num_experts, d_ff, *, num_selected_experts=8, **kwargs):
     Reference:
         [Qwen Team, 2025](https://arxiv.org/abs/2505.09388), section 2.
     """
-    router = _normalized_choice(num_experts, num_selected_experts, 0.001, kwargs)
-    return _make(router, d_ff, _SWIGLU, kwargs)
+    router = _normalized_choice(num_selected_experts, 0.001)
+    return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
 
 
 def deepseek_v3(
@@ -133,17 +129,15 @@ def deepseek_v3(
     Reference:
         [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2.
     """
-    router = BiasBalancedMaskedRouter(
-        num_experts,
-        num_selected_experts=num_selected_experts,
-        num_expert_groups=num_expert_groups,
-        num_selected_groups=num_selected_groups,
-        routed_scaling_factor=2.5,
-        bias_update_rate=0.001,
-        use_bias=False,
-        dtype=kwargs.get("dtype"),
-    )
-    return _make(router, d_ff, _SWIGLU, kwargs)
+    router = {
+        "num_selected_experts": num_selected_experts,
+        "num_expert_groups": num_expert_groups,
+        "num_selected_groups": num_selected_groups,
+        "routed_scaling_factor": 2.5,
+        "bias_update_rate": 0.001,
+    }
+    kind = BiasBalancedMaskedRouter
+    return _make(num_experts, d_ff, kind, router, _SWIGLU, _DROPLESS | kwargs)
 
 
 def expert_choice(num_experts, d_ff, **kwargs):
@@ -162,31 +156,28 @@ def expert_choice(num_experts, d_ff, **kwargs):
     Reference:
         [Zhou et al., 2022](https://arxiv.org/abs/2202.09368), section 3.
     """
-    router = ExpertsChooseMaskedRouter(
-        num_experts, use_bias=False, dtype=kwargs.get("dtype")
-    )
-    return _make(router, d_ff, {}, kwargs, train=2.0, evaluation=2.0)
+    kind = ExpertsChooseMaskedRouter
+    return _make(num_experts, d_ff, kind, {}, {}, _TWICE | kwargs)
 
 
-def _normalized_choice(num_experts, k, loss_of_k, kwargs):
+def _normalized_choice(k, loss_of_k):
     """Softmax, the best `k`, and their weights divided by their sum.
 
     `loss_of_k` is the `router_aux_loss_coef` in the released models' configs,
     of a balance loss that is `k` at balance where ours is 1.
     """
-    return MaskedRouter(
-        num_experts,
-        num_selected_experts=k,
-        normalize_weights=True,
-        use_bias=False,
-        load_balancing_loss_weight=loss_of_k * k,
-        dtype=kwargs.get("dtype"),
-    )
+    return {
+        "num_selected_experts": k,
+        "normalize_weights": True,
+        "load_balancing_loss_weight": loss_of_k * k,
+    }
 
 
-def _make(router, d_ff, experts, kwargs, train=None, evaluation=None):
-    experts = FeedForwardExperts(
-        router.num_experts, d_ff, dtype=kwargs.get("dtype"), **experts
+def _make(num_experts, d_ff, router_class, router, experts, kwargs):
+    """A layer from the arguments of its router, its experts and itself."""
+    dtype = kwargs.get("dtype")
+    return MoeLayer(
+        FeedForwardExperts(num_experts, d_ff, dtype=dtype, **experts),
+        router_class(num_experts, use_bias=False, dtype=dtype, **router),
+        **kwargs,
     )
-    factors = {"train_capacity_factor": train, "eval_capacity_factor": evaluation}
-    return MoeLayer(experts, router, **{**factors, **kwargs})
