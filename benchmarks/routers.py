@@ -20,7 +20,7 @@ spec = importlib.util.spec_from_file_location("char_lm", SCRIPT)
 char_lm = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(char_lm)
 
-BALANCE, LEFT_BEHIND = METRICS = ("load_balancing_loss", "fraction_tokens_left_behind")
+METRICS = ("load_balancing_loss", "fraction_tokens_left_behind")
 E = char_lm.EXPERTS
 
 

@@ -3,6 +3,7 @@ import numpy as np
 import oracle
 import pytest
 from keras import ops
+from tables import check_slots, random_tables
 
 from keras_moe import (
     BiasBalancedMaskedRouter,
@@ -39,14 +40,13 @@ def test_against_the_oracle(k, masked, rng):
     kernel, bias = router.get_weights()
     probs = oracle.softmax(x.astype("float64") @ kernel + bias)
     valid = np.ones((g, t), bool) if mask is None else mask
-    for i in range(g):
-        if k is None:
-            expected, _ = oracle.experts_choose(probs[i], valid[i], c)
-        else:
-            expected, _ = oracle.tokens_choose(probs[i], valid[i], k, c, True)
-        index, weight = oracle.as_arrays(expected, c)
-        np.testing.assert_array_equal(slots.token_index[i], index)
-        np.testing.assert_allclose(slots.weight[i], weight, rtol=1e-5)
+    if k is None:
+        expected = [oracle.experts_choose(probs[i], valid[i], c) for i in range(g)]
+    else:
+        expected = [
+            oracle.tokens_choose(probs[i], valid[i], k, c, True) for i in range(g)
+        ]
+    check_slots(slots, expected, c)
     np.testing.assert_allclose(
         slots.probs, probs * valid[..., None], rtol=1e-4, atol=1e-6
     )
@@ -192,12 +192,10 @@ def test_priorities_reach_the_placement(priority, rng):
         3, num_selected_experts=2, priority=priority, kernel_initializer="he_normal"
     )
     slots = route(router, x, expert_capacity=10)
-    expected, _ = oracle.tokens_choose(
+    expected = oracle.tokens_choose(
         slots.probs[0], np.ones(30), 2, 10, priority=priority
     )
-    index, weight = oracle.as_arrays(expected, 10)
-    np.testing.assert_array_equal(slots.token_index[0], index)
-    np.testing.assert_allclose(slots.weight[0], weight, rtol=1e-6)
+    check_slots(slots, [expected], 10, rtol=1e-6)
 
 
 def test_overflow_to_the_next_best(rng):
@@ -342,7 +340,8 @@ def top2(**kwargs):
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
-        ("all", [[0, 2], [0, 1], [2, -1]]),
+        # First choices 0, 2, 0; second choices 1, 0 (full), 1.
+        ("all", [[0, 2], [0, 2], [1, -1]]),
         ("none", [[0, 2], [-1, -1], [1, -1]]),
         # Second weights 1/3, 1/4 and about 0.1.
         ("threshold", [[0, 2], [0, -1], [1, -1]]),
@@ -351,9 +350,6 @@ def top2(**kwargs):
 def test_policies_a_table(policy, expected):
     router = top2(second_policy_eval=policy, second_threshold_eval=0.3)
     slots = route(router, TWO, expert_capacity=2)
-    if policy == "all":
-        # First choices 0, 2, 0; second choices 1, 0 (full), 1.
-        expected = [[0, 2], [0, 2], [1, -1]]
     np.testing.assert_array_equal(slots.token_index, [expected])
     # First weights are below 1 under every policy.
     np.testing.assert_allclose(slots.weight[0, 0, 0], 0.6 / 0.9, rtol=1e-5)
@@ -407,17 +403,6 @@ def test_bad_options(arguments, error):
 # Against the oracle, over random tables, with what is random written down.
 
 
-def random_tables(rng, ties):
-    """Probabilities `[g, t, e]`, 0 for masked tokens, and who is valid."""
-    g, t, e = 3, 13, 6
-    probs = oracle.softmax(rng.normal(size=(g, t, e)))
-    if ties:
-        probs = rng.integers(1, 4, size=(g, t, e)) / 16
-    valid = rng.random((g, t)) < 0.8
-    valid[1] = False
-    return np.where(valid[..., None], probs, 0).astype("float32"), valid
-
-
 def written_down(monkeypatch, name):
     """A list of all that `keras.random.<name>` draws."""
     drawn, draw = [], getattr(keras.random, name)
@@ -428,18 +413,6 @@ def written_down(monkeypatch, name):
 
     monkeypatch.setattr(keras.random, name, draw_and_write)
     return drawn
-
-
-def check_slots(slots, expected, c):
-    """Compares `Slots` with the oracle's slots and counts of each group."""
-    slots = type(slots)(*(ops.convert_to_numpy(part) for part in slots))
-    for i, (of_group, counts) in enumerate(expected):
-        index, weight = oracle.as_arrays(of_group, c)
-        np.testing.assert_array_equal(slots.token_index[i], index)
-        np.testing.assert_allclose(slots.weight[i], weight, rtol=1e-5)
-        np.testing.assert_allclose(
-            slots.load[i], counts / max(counts.sum(), 1), rtol=1e-6
-        )
 
 
 @pytest.mark.parametrize("policy", ["all", "none", "threshold", "random"])
