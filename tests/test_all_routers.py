@@ -52,7 +52,15 @@ def make_moe(router, experts=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("name", ROUTERS)
+# Those whose routers do most stand for the others, of which each takes seconds.
+QUICK = "next best", "bias balanced", "top 2"
+THOROUGH = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
+    for name in ROUTERS
+]
+
+
+@pytest.mark.parametrize("name", THOROUGH)
 def test_files_and_steps(name, tmp_path):
     check_file(lambda: make_moe(ROUTERS[name]()), (12, H), tmp_path / "model.keras")
 

@@ -258,7 +258,11 @@ def test_balance_loss(rng):
 
 @pytest.mark.parametrize(
     ("k", "examples"),
-    [pytest.param(1, 1, marks=pytest.mark.thorough), (2, None), (None, 2)],
+    [
+        pytest.param(1, 1, marks=pytest.mark.thorough),
+        (2, None),
+        pytest.param(None, 2, marks=pytest.mark.thorough),
+    ],
 )
 def test_the_layer_check(k, examples, tmp_path):
     def make(**kwargs):
@@ -335,7 +339,14 @@ def expected_logs(model, batches, training):
     return {name: np.mean(values) for name, values in logs.items()}
 
 
-@pytest.mark.parametrize("arguments", [{}, {"run_eagerly": True}, {"jit_compile": XLA}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.thorough),
+        pytest.param({"jit_compile": XLA}, marks=pytest.mark.thorough),
+    ],
+)
 def test_twelve_right_metrics_in_the_history(arguments, rng, tmp_path):
     model = two_layers()
     # With a learning rate of 0 the oracle can tell every batch.

@@ -47,6 +47,7 @@ def test_a_preset_is_its_paper_s_choices(name):
     assert not layer.router.use_bias
 
 
+@pytest.mark.thorough
 @each_preset
 def test_files_and_steps(name, tmp_path):
     check_file(lambda: make(name), (12, H), tmp_path / "model.keras")

@@ -78,7 +78,7 @@ def test_slots_and_outputs_are_means(rng):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
 
 
-@pytest.mark.parametrize("examples", [1, 3])
+@pytest.mark.parametrize("examples", [1, pytest.param(3, marks=pytest.mark.thorough)])
 def test_the_layer_check(examples, tmp_path):
     def make(**kwargs):
         return make_soft(examples_per_group=examples, **kwargs)
