@@ -7,7 +7,7 @@ export KERAS_BACKEND ?= tensorflow
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 bin := .venv/bin
-pip := $(bin)/python -m pip install --quiet --constraint constraints.txt
+pip := $(bin)/python -m pip install --quiet --no-compile --constraint constraints.txt
 pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"

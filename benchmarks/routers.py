@@ -1,6 +1,6 @@
 """The demo's model with each router: what it learns in a few steps, and how.
 
-    python benchmarks/routers.py [--steps 300]
+    python benchmarks/routers.py [--steps 500]
 
 prints a Markdown table. The models are those of `examples/char_lm.py`, with the
 same text, batches and seed; only the MoE layers differ.
@@ -83,7 +83,7 @@ MODELS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=500)
     options = parser.parse_args()
     char_lm.EPOCHS = 1
     text, held_out, alphabet = char_lm.read_text()
