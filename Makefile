@@ -12,13 +12,13 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"
 
-.PHONY: help demo test test-all test-peers lint bench clean
+.PHONY: help demo test test-all test-peers peers lint bench clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
 	@echo "make test        the tests, on one backend"
 	@echo "make test-all    all tests, on all three backends, and files between them"
-	@echo "make test-peers  parity with Model Garden, mixture-of-experts, keras-hub"
+	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense feed-forward layer"
 
@@ -34,10 +34,12 @@ test-all:
 	$(MAKE) test select= KERAS_BACKEND=torch
 	$(bin)/python -m pytest --quiet tests/cross
 
-# Without their many dependencies, of which their MoE layers use none.
-test-peers: .venv/with-tensorflow .venv/with-torch .venv/with-test
-	$(pip) --no-deps tf-keras tf-models-official mixture-of-experts keras-hub
+test-peers: .venv/with-tensorflow .venv/with-test peers
 	$(bin)/python -m pytest --quiet tests/peers
+
+# Some without their many dependencies, of which their MoE layers use none.
+peers: .venv/with-torch .venv/with-peers
+	$(pip) --no-deps tf-keras tf-models-official keras-hub
 
 lint: .venv/with-lint
 	$(bin)/ruff check

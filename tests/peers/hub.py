@@ -1,13 +1,19 @@
-"""A module of keras-hub, imported without the packages that hold it.
+"""keras-hub's Qwen3-MoE block, and our layer with its weights.
 
-Their `__init__` would import all of keras-hub, with dependencies that the MoE
-blocks do not use.
+The block's module is imported without the packages that hold it: their
+`__init__` would import all of keras-hub, with dependencies that the MoE blocks
+do not use.
 """
 
 import importlib
 import importlib.metadata
 import sys
 import types
+
+import numpy as np
+from keras import ops
+
+from keras_moe import presets
 
 MODULE = "keras_hub.src.models.qwen3_moe.qwen3_moe_decoder"
 OTHERS = "keras_hub.src.layers.modeling", "keras_hub.src.utils"
@@ -21,3 +27,32 @@ def load():
             package.__path__ = [str(root / name.replace(".", "/"))]
             name = name.rpartition(".")[0]
     return importlib.import_module(MODULE)
+
+
+def pair(num_experts, hidden, d_ff, k):
+    """`(block, layer)`, where the block's balance loss has weight 1."""
+    block = load().Qwen3SparseMoeBlock(
+        hidden, d_ff, num_experts, k, True, router_aux_loss_coefficient=1.0
+    )
+    block.build((None, None, hidden))
+    layer = presets.qwen3_moe(
+        num_experts, d_ff, num_selected_experts=k, examples_per_group=None
+    )
+    layer.build((None, None, hidden))
+    values = by_path([ops.convert_to_numpy(w) for w in block.trainable_variables])
+    for path, value in values.items():
+        next(w for w in layer.weights if w.path.endswith(path)).assign(value)
+    return block, layer
+
+
+def by_path(arrays):
+    """The block's weights, or their gradients, by the paths of our weights."""
+    router, gate_and_inner, output = arrays
+    # The kernels of gate and inner layer lie side by side.
+    gate, inner = np.split(gate_and_inner, 2, axis=-1)
+    return {
+        "router_weights/kernel": router,
+        "experts/gate/kernel": gate,
+        "experts/intermediate/kernel": inner,
+        "experts/output/kernel": output,
+    }
