@@ -4,62 +4,16 @@ import keras
 import numpy as np
 import pytest
 import torch
-from mixture_of_experts import HeirarchicalMoE, MoE
+from lucidrains import pair, strengthen, take_over
+from mixture_of_experts import HeirarchicalMoE
 
-from keras_moe import (
-    FeedForwardExperts,
-    HierarchicalMoeLayer,
-    MoeLayer,
-    Top2MaskedRouter,
-)
+from keras_moe import FeedForwardExperts, HierarchicalMoeLayer, Top2MaskedRouter
 
 H, E, F = 8, 4, 16
 
 
-def make_pair(policy, threshold=0.2, train=1.25, evaluation=2.0):
-    theirs = MoE(
-        H,
-        num_experts=E,
-        hidden_dim=F,
-        second_policy_train=policy,
-        second_policy_eval=policy,
-        capacity_factor_train=train,
-        capacity_factor_eval=evaluation,
-        loss_coef=1e-2,
-    )
-    with torch.no_grad():
-        # They start at nearly nothing.
-        theirs.experts.w1.normal_()
-        theirs.experts.w2.normal_()
-    ours = MoeLayer(
-        FeedForwardExperts(E, F, activation="relu", use_bias=False),
-        Top2MaskedRouter(
-            E,
-            use_bias=False,
-            second_policy_train=policy,
-            second_policy_eval=policy,
-            second_threshold_train=threshold,
-            second_threshold_eval=threshold,
-        ),
-        train_capacity_factor=train,
-        eval_capacity_factor=evaluation,
-        min_expert_capacity=4,
-        name="moe",
-    )
-    ours.build((None, None, H))
-    weights = {
-        "moe/router/router_weights/kernel": theirs.gate.w_gating,
-        "moe/experts/intermediate/kernel": theirs.experts.w1,
-        "moe/experts/output/kernel": theirs.experts.w2,
-    }
-    take_over(ours, weights)
-    return ours, theirs
-
-
-def take_over(layer, weights):
-    """Gives a layer their weights, by path."""
-    for w in layer.weights:
-        w.assign(weights[w.path].detach().numpy())
+def make_pair(policy, **kwargs):
+    return pair(E, H, F, policy, **kwargs)
 
 
 def check_outputs_and_loss(ours, theirs, length, training):
@@ -78,7 +32,7 @@ def check_outputs_and_loss(ours, theirs, length, training):
 @pytest.mark.parametrize(("length", "train"), [(16, 1.25), (32, 0.5), (8, 1.0)])
 def test_outputs_and_loss(policy, training, length, train):
     torch.manual_seed(0)
-    ours, theirs = make_pair(policy, train=train)
+    theirs, ours = make_pair(policy, train=train)
     check_outputs_and_loss(ours, theirs, length, training)
 
 
@@ -92,7 +46,7 @@ def test_a_corrected_threshold(threshold):
     torch.manual_seed(0)
     x = np.random.default_rng(0).normal(size=(3, 16, H)).astype("float32")
     results = {}
-    ours, theirs = make_pair("threshold", threshold, evaluation=4.0)
+    theirs, ours = make_pair("threshold", threshold=threshold, evaluation=4.0)
     for policy in ("all", "none"):
         theirs.gate.second_policy_eval = policy
         results[policy] = theirs.eval()(torch.from_numpy(x))[0].detach().numpy()
@@ -121,9 +75,7 @@ def test_two_levels(policy, training, outer, inner):
         capacity_factor_eval=2.0,
         loss_coef=1e-2,
     )
-    with torch.no_grad():
-        theirs.experts.w1.normal_()
-        theirs.experts.w2.normal_()
+    strengthen(theirs.experts)
 
     def top2(num_experts, name):
         return Top2MaskedRouter(

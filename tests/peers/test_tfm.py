@@ -10,48 +10,10 @@ import tensorflow as tf
 import keras_moe
 
 B, S, H, E, F = 4, 12, 8, 4, 16
-tfm = garden.load()
 
 
-def make_pair(factor, examples, z_weight=0.0, backbone=False):
-    """Ours and theirs with the same weights, built."""
-    kernel = tf.random_normal_initializer(stddev=0.5, seed=1)
-
-    def make(package, initializer):
-        kwargs = {"kernel_initializer": initializer}
-        layer = package.MoeLayer(
-            package.FeedForwardExperts(E, F, **kwargs),
-            package.ExpertsChooseMaskedRouter(
-                E, router_z_loss_weight=z_weight, **kwargs
-            ),
-            train_capacity_factor=factor,
-            eval_capacity_factor=factor / 2,
-            examples_per_group=examples,
-            name="moe",
-        )
-        if backbone:
-            layer = package.MoeLayerWithBackbone(layer, 5, name="both")
-        layer(np.zeros((B, S, H), "float32"))
-        return layer
-
-    theirs = make(tfm, kernel)
-    ours = make(keras_moe, "he_normal")
-    weights = by_path(theirs)
-    assert {w.path: tuple(w.shape) for w in ours.weights} == {
-        path: tuple(w.shape) for path, w in weights.items()
-    }
-    rng = np.random.default_rng(2)
-    for w in ours.weights:
-        value = weights[w.path].numpy()
-        if w.path.endswith("bias"):
-            value = rng.normal(size=value.shape).astype("float32")
-            weights[w.path].assign(value)
-        w.assign(value)
-    return ours, theirs
-
-
-def by_path(layer):
-    return {w.name.split(":")[0]: w for w in layer.trainable_weights}
+def pair(factor, examples, **kwargs):
+    return garden.pair(E, H, F, factor, examples, eval_factor=factor / 2, **kwargs)
 
 
 def capacity(factor, examples, training):
@@ -71,7 +33,7 @@ CASES = [
 
 @pytest.mark.parametrize(("factor", "examples", "training"), CASES)
 def test_outputs_losses_metrics_and_gradients(factor, examples, training):
-    ours, theirs = make_pair(factor, examples, z_weight=0.3)
+    theirs, ours = pair(factor, examples, z_weight=0.3)
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
     (a, loss_a, of_x, of_weights) = results(ours, x, training, lambda w: w.path)
     (b, loss_b, of_x_b, of_weights_b) = results(
@@ -117,23 +79,23 @@ def close(a, b):
 
 
 def test_with_backbone():
-    ours, theirs = make_pair(1.0, 1.0, backbone=True)
+    theirs, ours = pair(1.0, 1.0, backbone=5)
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
     close(ours(x), theirs(x))
 
 
 def test_feed_forward():
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
-    ours, theirs = keras_moe.FeedForward(F), tfm.FeedForward(F)
+    ours, theirs = keras_moe.FeedForward(F), garden.load().FeedForward(F)
     theirs(x), ours(x)
-    weights = by_path(theirs)
+    weights = garden.by_path(theirs)
     for w in ours.weights:
         w.assign(weights[w.path].numpy())
     close(ours(x), theirs(x))
 
 
 def test_our_dense_arrays_are_theirs():
-    ours, theirs = make_pair(1.0, 1.0)
+    theirs, ours = pair(1.0, 1.0)
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
     mask = theirs._router(tf.convert_to_tensor(x), expert_capacity=S // E)
     routing = ours.router.route(x, expert_capacity=S // E)

@@ -1,0 +1,67 @@
+"""`mixture_of_experts.MoE` (PyTorch), and our layer with its weights."""
+
+import torch
+from mixture_of_experts import MoE
+
+from keras_moe import FeedForwardExperts, MoeLayer, Top2MaskedRouter
+
+
+def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluation=2.0):
+    """`(theirs, ours)`.
+
+    Args:
+        num_experts: int.
+        hidden: int.
+        d_ff: int.
+        policy: what becomes of second choices, in training and outside it.
+        threshold: float, of our policy; theirs is 0.2.
+        train: float, the capacity factor in training.
+        evaluation: float, the capacity factor outside training.
+    """
+    theirs = MoE(
+        hidden,
+        num_experts=num_experts,
+        hidden_dim=d_ff,
+        second_policy_train=policy,
+        second_policy_eval=policy,
+        capacity_factor_train=train,
+        capacity_factor_eval=evaluation,
+        loss_coef=1e-2,
+    )
+    strengthen(theirs.experts)
+    ours = MoeLayer(
+        FeedForwardExperts(num_experts, d_ff, activation="relu", use_bias=False),
+        Top2MaskedRouter(
+            num_experts,
+            use_bias=False,
+            second_policy_train=policy,
+            second_policy_eval=policy,
+            second_threshold_train=threshold,
+            second_threshold_eval=threshold,
+        ),
+        train_capacity_factor=train,
+        eval_capacity_factor=evaluation,
+        min_expert_capacity=4,
+        name="moe",
+    )
+    ours.build((None, None, hidden))
+    weights = {
+        "moe/router/router_weights/kernel": theirs.gate.w_gating,
+        "moe/experts/intermediate/kernel": theirs.experts.w1,
+        "moe/experts/output/kernel": theirs.experts.w2,
+    }
+    take_over(ours, weights)
+    return theirs, ours
+
+
+def strengthen(experts):
+    """Their weights start at nearly nothing."""
+    with torch.no_grad():
+        for kernel in (experts.w1, experts.w2):
+            kernel.normal_(std=kernel.shape[-2] ** -0.5)
+
+
+def take_over(layer, weights):
+    """Gives a layer their weights, by path."""
+    for w in layer.weights:
+        w.assign(weights[w.path].detach().numpy())
