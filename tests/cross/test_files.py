@@ -1,14 +1,7 @@
 """A file written on one backend loads on the others, in a fresh process."""
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
-
-BACKENDS = ("tensorflow", "jax", "torch")
-ROOT = pathlib.Path(__file__).parents[2]
+from backends import BACKENDS, run
 
 WRITE = """
 import sys
@@ -60,10 +53,3 @@ def test_a_file_loads_everywhere_and_trains_on(written, tmp_path):
     run(WRITE, written, tmp_path)
     for read in BACKENDS:
         run(READ, read, tmp_path)
-
-
-def run(program, backend, folder):
-    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", program, str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, f"{backend}: {result.stderr[-3000:]}"

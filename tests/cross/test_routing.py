@@ -1,0 +1,47 @@
+"""Equal weights route alike on every backend, wherever nothing is random."""
+
+import numpy as np
+from backends import BACKENDS, run
+
+ROUTE = """
+import sys
+import keras
+import numpy as np
+from keras import ops
+from test_all_routers import E, H, ROUTERS
+
+rng = np.random.default_rng(0)
+# Of so few numbers, many tokens like two experts equally well, exactly.
+x = rng.integers(-1, 2, size=(3, 20, H)).astype("float32")
+mask = rng.random((3, 20)) < 0.8
+found = {}
+for name, make in ROUTERS.items():
+    router = make()
+    router.build(x.shape)
+    for weight in router.weights:
+        weight.assign(rng.integers(-2, 3, size=weight.shape) / 4)
+    for capacity in (1, 6, None):
+        if capacity is None and not router.supports_dropless:
+            continue
+        routing = router.route(x, expert_capacity=capacity, mask=mask)
+        for part, value in routing._asdict().items():
+            found[f"{name}, {capacity}: {part}"] = ops.convert_to_numpy(value)
+np.savez(f"{sys.argv[1]}/{keras.backend.backend()}.npz", **found)
+"""
+
+
+def test_all_backends_route_alike(tmp_path):
+    for backend in BACKENDS:
+        run(ROUTE, backend, tmp_path)
+    first, *others = (np.load(tmp_path / f"{backend}.npz") for backend in BACKENDS)
+    assert len(first) > 100
+    for other in others:
+        assert set(other) == set(first)
+        for part, expected in first.items():
+            np.testing.assert_allclose(
+                other[part],
+                expected,
+                rtol=1e-5 if expected.dtype.kind == "f" else 0,
+                atol=1e-7 if expected.dtype.kind == "f" else 0,
+                err_msg=part,
+            )
