@@ -1,6 +1,6 @@
 """The demo's model with each router: what it learns in a few steps, and how.
 
-    python benchmarks/routers.py [--steps 500]
+    python benchmarks/routers.py [--steps 500] [--only BiasBalanced]
 
 prints a Markdown table. The models are those of `examples/char_lm.py`, with the
 same text, batches and seed; only the MoE layers differ.
@@ -84,15 +84,16 @@ MODELS = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--only", default="", help="a part of a row's name")
     options = parser.parse_args()
     char_lm.EPOCHS = 1
     text, held_out, alphabet = char_lm.read_text()
     held_out = char_lm.examples(held_out)
     rows = []
-    for name, feed_forward in MODELS.items():
+    for name in (name for name in MODELS if options.only in name):
         print(f"\n{name}")
         keras.utils.set_random_seed(0)
-        model = char_lm.build_model(feed_forward, len(alphabet))
+        model = char_lm.build_model(MODELS[name], len(alphabet))
         results = char_lm.train(model, text, held_out, options.steps, seed=0)
         logs = model.evaluate(*held_out, batch_size=16, return_dict=True, verbose=0)
         figures = [logs["bits"], *(mean_of(logs, metric) for metric in METRICS)]

@@ -108,7 +108,7 @@ def bias_balanced(scores, bias, valid, k, c, groups=1, selected=1, scale=1.0):
         open_ = [i * size + j for i in best(of_group, selected) for j in range(size)]
         allowed = [biased[i] if i in open_ else -math.inf for i in range(e)]
         chosen = best(allowed, k) if valid[token] else []
-        total = sum(scores[token][i] for i in chosen)
+        total = sum(scores[token][i] for i in chosen) if k > 1 else 1.0
         wanted.append([(i, scale * scores[token][i] / total) for i in chosen])
     turns = [(token, choice) for choice in range(k) for token in range(t)]
     return serve(wanted, turns, e, c)

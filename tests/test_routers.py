@@ -446,14 +446,15 @@ def test_top_2_against_the_oracle(policy, ties, c, training, rng, monkeypatch):
     check_slots(slots, expected, c)
 
 
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("groups", "selected"), [(1, 1), (3, 2), (2, 1)])
 @pytest.mark.parametrize("c", [1, 4, 13])
-def test_bias_balanced_against_the_oracle(ties, groups, selected, c, rng):
+def test_bias_balanced_against_the_oracle(k, ties, groups, selected, c, rng):
     scores, valid = random_tables(rng, ties)
     router = BiasBalancedMaskedRouter(
         6,
-        num_selected_experts=2,
+        num_selected_experts=k,
         routed_scaling_factor=2.5,
         num_expert_groups=groups,
         num_selected_groups=selected,
@@ -464,7 +465,7 @@ def test_bias_balanced_against_the_oracle(ties, groups, selected, c, rng):
     router.expert_bias.assign(bias)
     slots = router.compute_routing(ops.convert_to_tensor(scores), c)
     expected = [
-        oracle.bias_balanced(scores[i], bias, valid[i], 2, c, groups, selected, 2.5)
+        oracle.bias_balanced(scores[i], bias, valid[i], k, c, groups, selected, 2.5)
         for i in range(3)
     ]
     check_slots(slots, expected, c)

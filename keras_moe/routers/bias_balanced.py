@@ -16,7 +16,9 @@ class BiasBalancedMaskedRouter(Router):
     Each token goes to the `k` experts with the best score plus bias. A
     training step lowers the bias of each expert that was wanted more than the
     mean, and raises that of the others, by `bias_update_rate`. The bias acts
-    on the choice alone: the weights are the scores, divided by their sum.
+    on the choice alone: the weights are the scores, divided by their sum. With
+    `k = 1` the weight is the score itself: divided by its sum it would be 1,
+    whatever the gate says, and the gate would not learn.
 
     The bias is saved with the layer. It stands still outside training, and
     when the router is frozen.
@@ -98,7 +100,8 @@ class BiasBalancedMaskedRouter(Router):
             scores = within_best_groups(
                 scores, self.num_expert_groups, self.num_selected_groups
             )
-        selection = top_k(probs, self.num_selected_experts, True, scores)
+        k = self.num_selected_experts
+        selection = top_k(probs, k, normalize=k > 1, scores=scores)
         weight = self.routed_scaling_factor * selection.weight
         selection = selection._replace(weight=weight)
         return place(selection, normalized(probs), expert_capacity)
