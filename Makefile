@@ -20,7 +20,7 @@ help:
 	@echo "make test-all    all tests, on all three backends, and files between them"
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
-	@echo "make bench       the layer against a dense feed-forward layer"
+	@echo "make bench       the layer against a dense one and other packages'"
 
 demo: .venv/with-$(KERAS_BACKEND) .venv/with-examples
 	$(bin)/python examples/char_lm.py $(DEMO)
@@ -45,8 +45,11 @@ lint: .venv/with-lint
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 
-bench: .venv/with-$(KERAS_BACKEND)
-	$(bin)/python benchmarks/step.py
+bench: .venv/with-tensorflow .venv/with-jax .venv/with-examples peers
+	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/bench.py
+	KERAS_BACKEND=jax $(bin)/python benchmarks/bench.py
+	KERAS_BACKEND=torch $(bin)/python benchmarks/bench.py
+	$(bin)/python benchmarks/report.py
 
 clean:
 	rm -rf .venv
