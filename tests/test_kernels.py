@@ -159,6 +159,15 @@ def test_ragged_dot_for_gpus_and_tpus():
         check_against_the_twin(by_ragged_dot, case)
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's")
+def test_grouped_mm_for_gpus():
+    from keras_moe.kernels.torch import by_grouped_mm
+
+    # In rows and columns of 16 bytes, as it must be.
+    for case in (([3, 0, 40, 1], 2, 8, 4, True, 0), ([0, 0], 4, 4, 8, False, 0)):
+        check_against_the_twin(by_grouped_mm, case)
+
+
 def test_a_nan_row_of_a_group_stays_alone(rng):
     rows = rng.normal(size=(6, 2)).astype("float32")
     rows[3], rows[5] = np.nan, np.inf
