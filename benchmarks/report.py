@@ -77,8 +77,8 @@ def base_table(results):
     yield "## The base point"
     yield ""
     yield "8 × 512 tokens, one group, h 256, f 1024, k 2, float32; the dense layer has"
-    yield "f 2048. Medians; in brackets the quartiles of the rounds' ratios. The peak is"
-    yield "what a step adds to the memory that the process holds, which is next to"
+    yield "f 2048. Medians; in brackets the quartiles of the rounds' ratios. The peak"
+    yield "is what a step adds to the memory that the process holds, which is next to"
     yield "nothing where an allocator keeps what it once had, as TensorFlow's does."
     for backend, result in results.items():
         base = result["base"]

@@ -276,6 +276,40 @@ def test_many_tokens_in_one_group():
     np.testing.assert_allclose(outputs[:1], numpy_call(layer, x[:1]), atol=1e-5)
 
 
+@pytest.mark.parametrize("num_experts", [4, 20])  # one by one, and all at once
+def test_lora(num_experts, rng):
+    """The adapters act as they do with a capacity; the kernels are not trained."""
+    x = inputs(rng, 2, 30)
+    dropless, roomy = (
+        MoeLayer(
+            FeedForwardExperts(num_experts, F),
+            MaskedRouter(num_experts, num_selected_experts=2, **OPINIONS),
+            train_capacity_factor=factor,
+            eval_capacity_factor=factor,
+        )
+        for factor in (None, float(num_experts))
+    )
+    for layer in (dropless, roomy):
+        layer.build(x.shape)
+        for dense in (layer.experts.intermediate_layer, layer.experts.output_layer):
+            dense.enable_lora(2)
+    adapted = [rng.normal(size=w.shape) for w in dropless.get_weights()]
+    for layer in (dropless, roomy):
+        layer.set_weights(adapted)
+    expected = numpy_call(roomy, x)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(numpy_call(dropless, x), expected, atol=1e-5 * scale)
+
+    model = functional(dropless, x.shape[1:])
+    model.compile(keras.optimizers.SGD(1e-3), "mse")
+    before = {w.path: ops.convert_to_numpy(w).copy() for w in dropless.weights}
+    model.train_on_batch(x, x)
+    for w in dropless.weights:
+        changed = not np.array_equal(before[w.path], ops.convert_to_numpy(w))
+        frozen = "experts" in w.path and w.path.endswith("/kernel")
+        assert changed != frozen, w.path
+
+
 class NoRows(keras.layers.Layer):
     num_experts = E
 
