@@ -12,6 +12,7 @@ import types
 
 import numpy as np
 from keras import ops
+from weights import take_over
 
 from keras_moe import presets
 
@@ -39,9 +40,8 @@ def pair(num_experts, hidden, d_ff, k):
         num_experts, d_ff, num_selected_experts=k, examples_per_group=None
     )
     layer.build((None, None, hidden))
-    values = by_path([ops.convert_to_numpy(w) for w in block.trainable_variables])
-    for path, value in values.items():
-        next(w for w in layer.weights if w.path.endswith(path)).assign(value)
+    arrays = [ops.convert_to_numpy(w) for w in block.trainable_variables]
+    take_over(layer, by_path(arrays))
     return block, layer
 
 
@@ -51,7 +51,7 @@ def by_path(arrays):
     # The kernels of gate and inner layer lie side by side.
     gate, inner = np.split(gate_and_inner, 2, axis=-1)
     return {
-        "router_weights/kernel": router,
+        "router/router_weights/kernel": router,
         "experts/gate/kernel": gate,
         "experts/intermediate/kernel": inner,
         "experts/output/kernel": output,

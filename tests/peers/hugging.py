@@ -3,6 +3,7 @@
 import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+from weights import take_over
 
 from keras_moe import presets
 
@@ -32,18 +33,17 @@ def pair(num_experts, hidden, d_ff, k, implementation="eager"):
         num_experts, d_ff, num_selected_experts=k, examples_per_group=None
     )
     layer.build((None, None, hidden))
-    for path, value in by_path(block).items():
-        weight = next(w for w in layer.weights if w.path.endswith(path))
-        weight.assign(value.detach().numpy())
+    take_over(layer, by_path(block, lambda parameter: parameter))
     return block, layer
 
 
-def by_path(block, of=lambda parameter: parameter):
+def by_path(block, of):
     """What is `of` the block's parameters, by the paths of our weights."""
     gate, inner = of(block.experts.gate_up_proj).chunk(2, dim=1)
-    return {
-        "router_weights/kernel": of(block.gate.weight).T,
+    parts = {
+        "router/router_weights/kernel": of(block.gate.weight).T,
         "experts/gate/kernel": gate.transpose(1, 2),
         "experts/intermediate/kernel": inner.transpose(1, 2),
         "experts/output/kernel": of(block.experts.down_proj).transpose(1, 2),
     }
+    return {path: part.detach().numpy() for path, part in parts.items()}

@@ -2,6 +2,7 @@
 
 import torch
 from mixture_of_experts import MoE
+from weights import take_over
 
 from keras_moe import FeedForwardExperts, MoeLayer, Top2MaskedRouter
 
@@ -45,12 +46,12 @@ def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluatio
         name="moe",
     )
     ours.build((None, None, hidden))
-    weights = {
-        "moe/router/router_weights/kernel": theirs.gate.w_gating,
-        "moe/experts/intermediate/kernel": theirs.experts.w1,
-        "moe/experts/output/kernel": theirs.experts.w2,
+    values = {
+        "router/router_weights/kernel": theirs.gate.w_gating,
+        "experts/intermediate/kernel": theirs.experts.w1,
+        "experts/output/kernel": theirs.experts.w2,
     }
-    take_over(ours, weights)
+    take_over(ours, {path: x.detach().numpy() for path, x in values.items()})
     return theirs, ours
 
 
@@ -59,9 +60,3 @@ def strengthen(experts):
     with torch.no_grad():
         for kernel in (experts.w1, experts.w2):
             kernel.normal_(std=kernel.shape[-2] ** -0.5)
-
-
-def take_over(layer, weights):
-    """Gives a layer their weights, by path."""
-    for w in layer.weights:
-        w.assign(weights[w.path].detach().numpy())

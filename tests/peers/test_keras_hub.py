@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gradients import gradients
 from keras import ops
+from weights import compare, compare_gradients
 
 H = 12
 
@@ -40,10 +41,4 @@ def test_gradients(both, rng):
     of_x, *of_weights = of_error(block, lambda results: results[0])
     d_x, *d_weights = of_error(layer, lambda outputs: outputs)
     compare(d_x, of_x)
-    for path, expected in hub.by_path(of_weights).items():
-        pairs = zip(layer.trainable_variables, d_weights, strict=True)
-        compare(*[d for w, d in pairs if w.path.endswith(path)], expected)
-
-
-def compare(found, expected):
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    compare_gradients(layer, d_weights, hub.by_path(of_weights))

@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 import torch
-from lucidrains import pair, strengthen, take_over
+from lucidrains import pair, strengthen
 from mixture_of_experts import HeirarchicalMoE
+from weights import take_over
 
 from keras_moe import FeedForwardExperts, HierarchicalMoeLayer, Top2MaskedRouter
 
@@ -94,11 +95,11 @@ def test_two_levels(policy, training, outer, inner):
         name="moe",
     )
     ours.build((None, None, H))
-    weights = {
-        "moe/outer/router_weights/kernel": theirs.gate_outer.w_gating,
-        "moe/inner/router_weights/kernel": theirs.gate_inner.w_gating,
-        "moe/experts/intermediate/kernel": theirs.experts.w1.reshape(-1, H, F),
-        "moe/experts/output/kernel": theirs.experts.w2.reshape(-1, F, H),
+    values = {
+        "outer/router_weights/kernel": theirs.gate_outer.w_gating,
+        "inner/router_weights/kernel": theirs.gate_inner.w_gating,
+        "experts/intermediate/kernel": theirs.experts.w1.reshape(-1, H, F),
+        "experts/output/kernel": theirs.experts.w2.reshape(-1, F, H),
     }
-    take_over(ours, weights)
+    take_over(ours, {path: x.detach().numpy() for path, x in values.items()})
     check_outputs_and_loss(ours, theirs, 64, training)

@@ -6,6 +6,7 @@ import torch
 from gradients import gradients
 from hugging import by_path, pair
 from keras import ops
+from weights import compare, compare_gradients
 
 
 def test_outputs_and_gradients(rng):
@@ -25,12 +26,5 @@ def test_outputs_and_gradients(rng):
             return ops.mean(ops.square(layer(x) - target))
 
     d_x, *d_weights = gradients(error, x, *(w.numpy() for w in weights))
-    compare(d_x, theirs.grad)
-    for path, expected in by_path(block, lambda parameter: parameter.grad).items():
-        found = [d for w, d in zip(weights, d_weights, strict=True) if path in w.path]
-        compare(*found, expected)
-
-
-def compare(found, expected):
-    expected = expected.numpy()
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+    compare(d_x, theirs.grad.numpy())
+    compare_gradients(layer, d_weights, by_path(block, lambda p: p.grad))

@@ -1,0 +1,25 @@
+"""Their weights, or the gradients of these, by the paths of ours."""
+
+import numpy as np
+
+
+def take_over(layer, values):
+    """Gives every weight that is trained its value, by path below the layer."""
+    for w in layer.trainable_weights:
+        w.assign(values[_path(w)])
+
+
+def compare_gradients(layer, found, expected):
+    """Compares our gradients with theirs, of every weight, to 1e-5 of the scale."""
+    found = dict(zip(map(_path, layer.trainable_weights), found, strict=True))
+    assert found.keys() == expected.keys()
+    for path, gradient in found.items():
+        compare(gradient, expected[path])
+
+
+def compare(found, expected):
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def _path(weight):
+    return weight.path.split("/", 1)[1]
