@@ -11,9 +11,10 @@ from keras_moe.kernels import grouped_dense
 class ExpertDense(keras.layers.EinsumDense):
     """A dense layer for each expert: `[g, e, c, h]` to `[g, e, c, units]`.
 
-    It is an `EinsumDense`, with its `kernel`, LoRA and quantisation, but takes
-    the matrix product of one group, the usual case, as it lies in memory; and
-    with `group_sizes` it takes rows sorted by expert: `[a, h]` to `[a, units]`.
+    It is an `EinsumDense`, with its `kernel` and LoRA, but takes the matrix
+    product of one group, the usual case, as it lies in memory; and with
+    `group_sizes` it takes rows sorted by expert: `[a, h]` to `[a, units]`.
+    `quantize` refuses every subclass of `EinsumDense`, so this one too.
     """
 
     def __init__(self, num_experts, units, use_bias=True, **kwargs):

@@ -3,6 +3,8 @@
 import numpy as np
 from backends import BACKENDS, run
 
+CLOSE, EXACT = {"rtol": 1e-5, "atol": 1e-7}, {"rtol": 0, "atol": 0}
+
 ROUTE = """
 import sys
 import keras
@@ -41,7 +43,6 @@ def test_all_backends_route_alike(tmp_path):
             np.testing.assert_allclose(
                 other[part],
                 expected,
-                rtol=1e-5 if expected.dtype.kind == "f" else 0,
-                atol=1e-7 if expected.dtype.kind == "f" else 0,
                 err_msg=part,
+                **(CLOSE if expected.dtype.kind == "f" else EXACT),
             )
