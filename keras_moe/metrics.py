@@ -141,7 +141,7 @@ class _RunningMeans:
         # not count beyond 256.
         self.state = keras.Variable(
             initializer="zeros",
-            shape=(2, self.room),
+            shape=(self.room, 2),
             dtype="float32",
             trainable=False,
             autocast=False,
@@ -160,14 +160,10 @@ class _RunningMeans:
                 )
             if name not in self._columns:
                 self._add_column(name, prefix)
-        nothing = ops.zeros((), dtype="float32")
-        sums = [nothing] * self.room
-        counts = [0.0] * self.room
-        for name, value in values.items():
-            sums[self._columns[name]] = _scalar(name, value)
-            counts[self._columns[name]] = 1.0
-        counts = ops.convert_to_tensor(counts, dtype="float32")
-        self.state.assign_add(ops.stack([ops.stack(sums), counts]))
+        columns = ops.convert_to_tensor([[self._columns[name]] for name in values])
+        sums = ops.stack([_scalar(*value) for value in values.items()])
+        counted = ops.stop_gradient(ops.stack([sums, ops.ones_like(sums)], axis=-1))
+        self.state.assign_add(ops.scatter(columns, counted, (self.room, 2)))
         # A JAX step asks for results before the variable has its new value;
         # this is that value, for as long as the step is being traced.
         if CARRIES_STATE:
@@ -178,7 +174,7 @@ class _RunningMeans:
             if state is None:
                 continue
             try:
-                total, count = state[0, column], state[1, column]
+                total, count = state[column, 0], state[column, 1]
                 return total / ops.maximum(count, 1.0)
             except (TypeError, ValueError):
                 # Of a trace that has ended, or without a value in this one.
@@ -188,7 +184,7 @@ class _RunningMeans:
 
     def reset(self, column):
         self._traced = None
-        kept = ops.arange(self.room) != column
+        kept = ops.expand_dims(ops.arange(self.room) != column, -1)
         state = ops.convert_to_tensor(self.state)
         self.state.assign(ops.where(kept, state, 0.0))
 
@@ -209,7 +205,7 @@ def _scalar(name, value):
         raise ValueError(
             f"A metric must be a scalar. Received: {name!r} of shape {value.shape}."
         )
-    return ops.stop_gradient(value)
+    return value
 
 
 class _View(keras.metrics.Metric):

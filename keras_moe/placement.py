@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_moe.kernels import scatter_add_rows
 from keras_moe.routing import Rows, Slots
-from keras_moe.selection import Selection, finite, valid_tokens
+from keras_moe.selection import finite, valid_tokens
 
 PRIORITIES = ("choice", "token", "probability")
 
@@ -37,18 +37,14 @@ def place(selection, probs, expert_capacity, priority="choice"):
     if expert_capacity is None:
         return _place_all(selection, probs)
     groups, tokens, k = ops.shape(selection.expert_index)
+    wanted = selection.expert_index
     if priority == "probability":
         token_order = ops.argsort(-ops.max(finite(probs), axis=-1), axis=-1)
-        selection = Selection(
-            *(
-                ops.take_along_axis(part, ops.expand_dims(token_order, -1), axis=1)
-                for part in selection
-            )
-        )
+        wanted = ops.take_along_axis(wanted, ops.expand_dims(token_order, -1), axis=1)
     if priority != "token":
-        selection = Selection(*(ops.transpose(part, (0, 2, 1)) for part in selection))
+        wanted = ops.transpose(wanted, (0, 2, 1))
     # One row a group, in order of priority.
-    wanted, weight = (ops.reshape(part, (groups, tokens * k)) for part in selection)
+    wanted = ops.reshape(wanted, (groups, tokens * k))
     # Sorted by expert, each expert's assignments are a run in that order; the
     # sort is stable on every backend. Masked ones (-1) come first.
     order = ops.argsort(wanted, axis=-1)
@@ -58,13 +54,17 @@ def place(selection, probs, expert_capacity, priority="choice"):
     slot = ops.arange(expert_capacity, dtype="int32")
     filled = slot < ops.expand_dims(counts, -1)  # g e c
     rank = ops.where(filled, ops.expand_dims(start, -1) + slot, 0)
-    assignment = _take(order, rank)
-    token = assignment // k if priority == "token" else assignment % tokens
+    place_in_row = _take(order, rank)
+    if priority == "token":
+        token, choice = place_in_row // k, place_in_row % k
+    else:
+        token, choice = place_in_row % tokens, place_in_row // tokens
     if priority == "probability":
         token = _take(token_order, token)
+    weight = ops.reshape(selection.weight, (groups, tokens * k))
     return Slots(
         token_index=ops.where(filled, token, -1),
-        weight=ops.where(filled, _take(weight, assignment), 0.0),
+        weight=ops.where(filled, _take(weight, token * k + choice), 0.0),
         probs=probs,
         load=_shares(counts),
     )

@@ -88,6 +88,7 @@ def groups_of_rows(draw):
 @example(([0, 0], 4, 3, 2, True, 0))  # nothing but rows left over
 @example(([1], 0, 1, 1, False, 0))
 @example(([0, 500, 0, 0], 3, 8, 5, True, 0))  # all in one group, several blocks
+@example(([1300, 0, 511], 9, 3, 2, True, 0))  # blocks of both sizes
 @example(([129, 128, 127, 1, 0, 64], 9, 2, 3, True, 0))  # at a block's edges
 def test_grouped_dense_equals_its_plain_twin(case):
     check_against_the_twin(kernels.grouped_dense, case)

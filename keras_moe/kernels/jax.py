@@ -6,8 +6,9 @@ from jax import lax
 
 from keras_moe.kernels.plain import split_rows  # noqa: F401
 
-# So many rows of a group are multiplied at once on a CPU.
-BLOCK = 128
+# So many rows of a group are multiplied at once on a CPU. Large blocks, which read
+# the matrices less often, come first where an average group fills one.
+BLOCK, LARGE_BLOCK = 128, 512
 
 
 def gather_rows(x, index):
@@ -105,19 +106,34 @@ def _over_blocks(update, result, group_sizes, num_rows):
     """Updates a result with the rows of all groups, block by block.
 
     As many blocks as the rows of this batch fill, so that a group costs what
-    it holds. A block begins at row `start`; those of its `size` rows are the
-    group's that `own` says.
+    it holds.
     """
     group_sizes = jnp.asarray(group_sizes)
-    size = min(num_rows, BLOCK) if isinstance(num_rows, int) else BLOCK
     ends = jnp.cumsum(group_sizes)
-    blocks = -(-group_sizes // size)
+    firsts = ends - group_sizes
+    size = BLOCK
+    if isinstance(num_rows, int):
+        size = min(num_rows, BLOCK)
+        if num_rows >= LARGE_BLOCK * len(group_sizes):
+            blocks = group_sizes // LARGE_BLOCK
+            whole = firsts, ends, blocks, LARGE_BLOCK, num_rows
+            result = _over_equal_blocks(update, result, *whole)
+            firsts = firsts + LARGE_BLOCK * blocks
+    blocks = -(-(ends - firsts) // size)
+    return _over_equal_blocks(update, result, firsts, ends, blocks, size, num_rows)
+
+
+def _over_equal_blocks(update, result, firsts, ends, blocks, size, num_rows):
+    """The same with `blocks` blocks of one size for each group, from row `firsts` on.
+
+    A block begins at row `start`; those of its rows are the group's that `own`
+    says.
+    """
     last = jnp.cumsum(blocks)
 
     def body(i, result):
         group = jnp.searchsorted(last, i, side="right")
-        first = ends[group] - group_sizes[group]
-        first += size * (i - last[group] + blocks[group])
+        first = firsts[group] + size * (i - last[group] + blocks[group])
         # A block that would reach beyond the last row begins earlier.
         start = jnp.minimum(first, num_rows - size)
         row = jnp.expand_dims(start + jnp.arange(size), -1)

@@ -3,16 +3,24 @@
 import tensorflow as tf
 
 
+@tf.custom_gradient
 def gather_rows(x, index):
+    def gradient(upstream):
+        return scatter_add_rows(upstream, index, tf.shape(x)[0]), None
+
     # A copy of the tokens with a zero row costs less than a pass over the
     # buffers, which are larger.
-    x = tf.concat([tf.zeros_like(x[:1]), x], axis=0)
-    return tf.gather(x, index + 1)
+    padded = tf.concat([tf.zeros_like(x[:1]), x], axis=0)
+    return tf.gather(padded, index + 1), gradient
 
 
+@tf.custom_gradient
 def scatter_add_rows(rows, index, num_rows):
+    def gradient(upstream):
+        return gather_rows(upstream, index), None, None
+
     # Negative indices are dropped.
-    return tf.math.unsorted_segment_sum(rows, index, num_rows)
+    return tf.math.unsorted_segment_sum(rows, index, num_rows), gradient
 
 
 def split_rows(rows, group_sizes):

@@ -70,19 +70,21 @@ class _GroupedDense(torch.autograd.Function):
     def backward(ctx, upstream):
         rows, kernel = ctx.saved_tensors
         upstream = upstream.contiguous()
-        d_rows, d_kernel = torch.empty_like(rows), torch.empty_like(kernel)
-        d_bias = None
+        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
+        d_kernel, d_bias = torch.empty_like(kernel), None
         if ctx.with_bias:
             d_bias = kernel.new_zeros((kernel.shape[0], 1, kernel.shape[2]))
         for i in set(range(kernel.shape[0])) - {i for i, _ in ctx.groups}:
             d_kernel[i] = 0
         for i, group in ctx.groups:
             x, y = rows[group], upstream[group]
-            torch.mm(y, kernel[i].T, out=d_rows[group])
             torch.mm(x.T, y, out=d_kernel[i])
             if ctx.with_bias:
                 torch.sum(y, 0, keepdim=True, out=d_bias[i])
-        _clear_left_over(d_rows, ctx.groups)
+            if d_rows is not None:
+                torch.mm(y, kernel[i].T, out=d_rows[group])
+        if d_rows is not None:
+            _clear_left_over(d_rows, ctx.groups)
         return d_rows, d_kernel, d_bias, None
 
 
