@@ -31,6 +31,8 @@ AXES = {
     "width": [Point(width=n) for n in (128, 256, 512, 1024)],
     "share": [Point(k=1, share=n) for n in (0.125, 0.5, 1.0)],
 }
+# Where the time goes.
+PARTS = [Point(experts=8), Point(experts=64), Point(width=1024)]
 # One token, k = 2: the forward pass of a model that writes.
 DECODING = [Point(experts=n, examples=1, length=1) for n in (8, 64, 256)]
 
@@ -46,6 +48,7 @@ def main():
     results = {
         "machine": machine(),
         "base": base_point(),
+        "parts": [parts(point) for point in PARTS],
         "peers": {name: against(name, make) for name, make in peers().items()},
         "axes": {
             axis: [at(point, axis) for point in points] for axis, points in AXES.items()
@@ -96,6 +99,14 @@ def at(point, axis, kinds=("step",)):
     value = getattr(point, axis)
     times = measure(point.models(), kinds, rounds=5, seconds=3.0)
     return said(f"{axis} {value}", {axis: value, **times})
+
+
+def parts(point):
+    """The layer beside its parts."""
+    subjects = {**point.models(), **point.parts()}
+    times = measure(subjects, ("step",), seconds=3.0)
+    name = f"Parts: {point.experts} experts, h {point.width}"
+    return said(name, {"experts": point.experts, "width": point.width, **times})
 
 
 def said(name, results):

@@ -33,7 +33,7 @@ def main():
         for backend in BACKENDS
         if (folder / f"{backend}.json").exists()
     }
-    parts = [base_table, peers_table, axes_table, decoding_table, machines]
+    parts = [base_table, parts_table, peers_table, axes_table, decoding_table, machines]
     (folder / "tables.md").write_text(
         "# Measurements\n\nWritten by `make bench`; "
         "[Performance](../performance.md) explains them.\n\n"
@@ -122,6 +122,31 @@ def peers_table(results):
     )
 
 
+def parts_table(results):
+    yield "## Where the time goes"
+    yield ""
+    yield "A training step of the layer, and of its parts alone, in ms and over the"
+    yield "dense layer's. Each has its own model, loss and optimizer around it, so that"
+    yield "they add up to a little more than the whole."
+    points = zip(*(result["parts"] for result in results.values()), strict=True)
+    for at_backends in points:
+        experts, width = at_backends[0]["experts"], at_backends[0]["width"]
+        yield f"\n### {experts} experts, h {width}\n"
+        yield from table(
+            ("", *(BACKENDS[backend] for backend in results)),
+            (
+                (name, *(over_dense(point, name) for point in at_backends))
+                for name in at_backends[0]
+                if name not in ("experts", "width")
+            ),
+        )
+
+
+def over_dense(point, name):
+    timed, dense = point[name]["step"], point["dense"]["step"]
+    return f"{median(timed):.0f}: {ratio(timed, dense)[1]:.2f}"
+
+
 def axes_table(results):
     yield "## One axis at a time"
     yield ""
@@ -142,11 +167,8 @@ def rows_of(results, axis):
     for at_backends in points:
         row = [value_of(axis, at_backends[0][axis])]
         for point in at_backends:
-            dense = point["dense"]["step"]
-            row.append(f"{median(dense):.0f}")
-            for kind in STYLES:
-                timed = point[kind]["step"]
-                row.append(f"{median(timed):.0f}: {ratio(timed, dense)[1]:.2f}")
+            row.append(f"{median(point['dense']['step']):.0f}")
+            row.extend(over_dense(point, kind) for kind in STYLES)
         yield row
 
 

@@ -67,13 +67,13 @@ class Point:
         """A dense layer of as many active FLOPs: the limit."""
         return keras_moe.FeedForward(self.k * self.d_ff)
 
-    def tokens_choose(self, factor):
+    def tokens_choose(self, factor, experts=None):
         # An identity as kernel reads the wanted expert off the input.
         kernel = None if self.share is None else "identity"
         router = keras_moe.MaskedRouter(
             self.experts, num_selected_experts=self.k, kernel_initializer=kernel
         )
-        return self._layer(router, factor)
+        return self._layer(router, factor, experts)
 
     def experts_choose(self):
         router = keras_moe.ExpertsChooseMaskedRouter(self.experts)
@@ -86,9 +86,9 @@ class Point:
     def _experts(self):
         return keras_moe.FeedForwardExperts(self.experts, self.d_ff)
 
-    def _layer(self, router, factor):
+    def _layer(self, router, factor, experts=None):
         return keras_moe.MoeLayer(
-            self._experts(),
+            experts or self._experts(),
             router,
             train_capacity_factor=factor,
             eval_capacity_factor=factor,
@@ -104,6 +104,51 @@ class Point:
             "dropless": self.tokens_choose(None),
         }
         return {name: of_layer(layer, x) for name, layer in layers.items()}
+
+    def parts(self):
+        """What the three are made of, each trained alone."""
+        x = self.inputs()
+        rows = np.repeat(x.reshape(-1, self.width), self.k, axis=0)
+        subjects = {"updating the weights": of_layer(self.weights(), x)}
+        for kind, factor in (("capacity", float(self.k)), ("dropless", None)):
+            experts = Experts(self._experts(), with_capacity=factor is not None)
+            rest = self.tokens_choose(factor, NoExperts(self.experts))
+            subjects[f"{kind}: experts"] = of_layer(experts, rows)
+            subjects[f"{kind}: routing and moving"] = of_layer(rest, x)
+        return subjects
+
+
+class NoExperts(keras.layers.Layer):
+    """Returns what it is given, so that routing and moving remain."""
+
+    def __init__(self, num_experts):
+        super().__init__()
+        self.num_experts = num_experts
+
+    def call(self, inputs, group_sizes=None):
+        return inputs
+
+
+class Experts(keras.layers.Layer):
+    """Experts alone, on rows that lie in order, as many for each."""
+
+    def __init__(self, experts, with_capacity):
+        super().__init__()
+        self.experts, self.with_capacity = experts, with_capacity
+
+    def build(self, input_shape):
+        self.experts.build((1, self.experts.num_experts, None, input_shape[-1]))
+
+    def call(self, rows):
+        shape, num_experts = keras.ops.shape(rows), self.experts.num_experts
+        if self.with_capacity:
+            buffers = keras.ops.reshape(rows, (1, num_experts, -1, shape[-1]))
+            return keras.ops.reshape(self.experts(buffers), shape)
+        sizes = keras.ops.full((num_experts,), shape[0] // num_experts, dtype="int32")
+        return self.experts(rows, group_sizes=sizes)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
 
 
 class Weights(keras.layers.Layer):

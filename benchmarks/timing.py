@@ -11,7 +11,7 @@ def measure(subjects, kinds=("forward", "step"), rounds=9, seconds=12.0):
     Args:
         subjects: a dict of objects with functions of the names `kinds`.
         kinds: names.
-        rounds: int, how often each is timed, after three calls that are not.
+        rounds: int, how often each is timed, after two calls that are not.
         seconds: float, for the slowest call: if need be in fewer rounds, but
             three at least.
 
@@ -28,8 +28,9 @@ def measure(subjects, kinds=("forward", "step"), rounds=9, seconds=12.0):
     longest = 0.0
     for (name, kind), call in calls.items():
         call()
-        longest = max(longest, _seconds(call))
+        start = time.perf_counter()
         results[name][kind] = {"ms": [], "peak_mb": _peak_megabytes(call)}
+        longest = max(longest, time.perf_counter() - start)
     rounds = max(3, min(rounds, int(seconds / longest)))
     for _ in range(rounds):
         for (name, kind), call in calls.items():
@@ -44,14 +45,15 @@ def _seconds(call):
 
 
 def _peak_megabytes(call):
-    """What a call needs at most beyond what is held before; Linux only."""
-    with contextlib.suppress(OSError):
+    """What a call needs at most beyond what is held before; `None` but on Linux."""
+    before = None
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         ctypes.CDLL(None).malloc_trim(0)  # What is free counts as free.
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
+        file.write("5")
+        file.flush()
         before = _kilobytes("VmRSS")
-        call()
-        return round((_kilobytes("VmHWM") - before) / 1024)
+    call()
+    return None if before is None else round((_kilobytes("VmHWM") - before) / 1024)
 
 
 def _kilobytes(entry):

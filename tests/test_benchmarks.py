@@ -23,6 +23,7 @@ def scripts(monkeypatch):
     axes = {name: [small(group=1), small(group=2)] for name in bench.AXES}
     axes["share"] = [small(k=1, share=0.5)]
     monkeypatch.setattr(bench, "AXES", axes)
+    monkeypatch.setattr(bench, "PARTS", [small()])
     monkeypatch.setattr(bench, "DECODING", [small(examples=1, length=1)])
     monkeypatch.setattr(bench, "peers", lambda: {"ours": lambda: twins(small())})
     return bench, report
@@ -47,7 +48,13 @@ def test_a_small_benchmark_and_its_report(scripts, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     report.main()
     tables = (tmp_path / "tables.md").read_text()
-    for part in ("base point", "Other packages", "share of tokens", "One token"):
+    for part in (
+        "base point",
+        "routing and moving",
+        "Other packages",
+        "share of tokens",
+        "One token",
+    ):
         assert part in tables
     for name in ("base.png", "axes.png"):
         assert (tmp_path / name).stat().st_size > 10_000
