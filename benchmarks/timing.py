@@ -5,7 +5,7 @@ import ctypes
 import time
 
 
-def measure(subjects, kinds=("forward", "step"), rounds=9, seconds=12.0):
+def measure(subjects, kinds=("forward", "step"), rounds=7, seconds=12.0):
     """Milliseconds and memory of each subject, round by round.
 
     Args:
