@@ -4,8 +4,9 @@ import keras
 
 from keras_moe import checks, initializers
 from keras_moe.experts import FeedForward
+from keras_moe.gate import UnquantizedDense
 from keras_moe.moe_layer import MoeLayer
-from keras_moe.serialization import with_parts
+from keras_moe.serialization import unquantized, with_parts
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -74,13 +75,13 @@ class MoeLayerWithBackbone(keras.layers.Layer):
         )
         self.backbone_gate = checks.boolean("backbone_gate", backbone_gate)
         if backbone_gate:
-            self.backbone_gate_layer = keras.layers.Dense(
+            self.backbone_gate_layer = UnquantizedDense(
                 1,
                 activation="sigmoid",
                 use_bias=False,
                 kernel_initializer=initializers.get(kernel_initializer),
                 name="backbone_gate",
-                dtype=self.dtype_policy,
+                dtype=unquantized(self.dtype_policy),
             )
         self.backbone_d_ff = self.backbone.d_ff
         self.inner_dropout = self.backbone.inner_dropout
@@ -106,6 +107,10 @@ class MoeLayerWithBackbone(keras.layers.Layer):
             backbone = self.backbone_gate_layer(inputs) * backbone
         return backbone + self.moe(inputs, mask=mask, training=training)
 
+    def quantized_call(self, *args, **kwargs):
+        # What is quantised is inside.
+        return self.call(*args, **kwargs)
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -119,6 +124,7 @@ class MoeLayerWithBackbone(keras.layers.Layer):
         shared += ("kernel_initializer", "bias_initializer")
         return {
             **super().get_config(),
+            "dtype": backbone["dtype"],
             "moe": keras.saving.serialize_keras_object(self.moe),
             "backbone_d_ff": backbone["d_ff"],
             "backbone_gate": self.backbone_gate,

@@ -8,7 +8,7 @@ from keras import ops
 from keras_moe import checks, initializers
 from keras_moe.expert_dense import ExpertDense
 from keras_moe.kernels import RUNS_OP_BY_OP, split_rows
-from keras_moe.serialization import with_parts
+from keras_moe.serialization import unquantized, with_parts
 
 # So few that going from one to the next costs less than it saves.
 FEW_EXPERTS = 16
@@ -31,6 +31,7 @@ class _FeedForward(keras.layers.Layer):
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
+        remat=False,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -42,14 +43,16 @@ class _FeedForward(keras.layers.Layer):
         self.use_bias = checks.boolean("use_bias", use_bias)
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
+        self.remat = checks.boolean("remat", remat)
         self.intermediate_layer = self._dense(self.d_ff, name="intermediate")
         if self.gated:
             self.gate_layer = self._dense(self.d_ff, name="gate")
+        policy = unquantized(self.dtype_policy)
         self.inner_dropout_layer = keras.layers.Dropout(
-            self.inner_dropout, dtype=self.dtype_policy
+            self.inner_dropout, dtype=policy
         )
         self.output_dropout_layer = keras.layers.Dropout(
-            self.output_dropout, dtype=self.dtype_policy
+            self.output_dropout, dtype=policy
         )
         self.supports_masking = True
 
@@ -76,18 +79,35 @@ class _FeedForward(keras.layers.Layer):
         self.output_layer.build((*input_shape[:-1], self.d_ff))
 
     @property
-    def _dense_layers(self):
+    def dense_layers(self):
+        """Those it has once it is built."""
         gate = [self.gate_layer] if self.gated else []
         return [self.intermediate_layer, self.output_layer, *gate]
 
     def call(self, inputs, training=None):
-        return self._feed_forward(inputs, training, *self._dense_layers)
+        return self._feed_forward(inputs, training, *self.dense_layers)
+
+    def quantized_call(self, *args, **kwargs):
+        # What is quantised is the dense layers.
+        return self.call(*args, **kwargs)
 
     def _feed_forward(self, inputs, training, intermediate, output, gate=None):
-        x = intermediate(inputs)
-        x = self.activation(x) if gate is None else self.activation(gate(inputs)) * x
-        x = self.inner_dropout_layer(x, training=training)
-        return self.output_dropout_layer(output(x), training=training)
+        drop = functools.partial(self.inner_dropout_layer, training=training)
+        if self.remat and self.inner_dropout and training:
+            # Drawn outside of what runs twice.
+            shape = (*ops.shape(inputs)[:-1], self.d_ff)
+            noise = drop(ops.ones(shape, dtype=self.compute_dtype))
+            drop = functools.partial(ops.multiply, noise)
+
+        def work(inputs):
+            x = intermediate(inputs)
+            if gate is None:
+                return output(drop(self.activation(x)))
+            return output(drop(self.activation(gate(inputs)) * x))
+
+        if self.remat:
+            work = keras.remat(work)
+        return self.output_dropout_layer(work(inputs), training=training)
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -95,6 +115,7 @@ class _FeedForward(keras.layers.Layer):
     def get_config(self):
         return {
             **super().get_config(),
+            "dtype": self._policy_of_dense_layers(),
             "d_ff": self.d_ff,
             "inner_dropout": self.inner_dropout,
             "output_dropout": self.output_dropout,
@@ -103,7 +124,19 @@ class _FeedForward(keras.layers.Layer):
             "use_bias": self.use_bias,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),
+            "remat": self.remat,
         }
+
+    def _policy_of_dense_layers(self):
+        """Theirs, of which `quantize` makes quantised ones."""
+        layers = self.dense_layers if self.built else [self.intermediate_layer]
+        policies = {layer.dtype_policy.name for layer in layers}
+        if len(policies) > 1:
+            raise ValueError(
+                "Dense layers of experts must be quantised alike to be saved. "
+                f"Received: {sorted(policies)} in {self.path}."
+            )
+        return keras.dtype_policies.serialize(layers[0].dtype_policy)
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -123,6 +156,8 @@ class FeedForward(_FeedForward):
         kernel_initializer: initializer of both kernels;
             `TruncatedNormal(stddev=0.02)` by default.
         bias_initializer: initializer of both biases.
+        remat: bool, whether the inner layer is computed again for the gradient
+            instead of kept.
         name: string.
         **kwargs: forwarded to `keras.layers.Layer`.
 
@@ -159,6 +194,8 @@ class FeedForwardExperts(_FeedForward):
         kernel_initializer: initializer of the kernels `[e, h, f]` and
             `[e, f, h]`; `TruncatedNormal(stddev=0.02)` by default.
         bias_initializer: initializer of the biases `[e, 1, f]`, `[e, 1, h]`.
+        remat: bool, whether the inner layer is computed again for the gradient
+            instead of kept, which takes longer and less memory.
         name: string.
         **kwargs: forwarded to `keras.layers.Layer`.
 
@@ -195,7 +232,7 @@ class FeedForwardExperts(_FeedForward):
     def call(self, inputs, group_sizes=None, training=None):
         if self._can_go_one_by_one(inputs, group_sizes):
             return self._one_by_one(inputs, group_sizes, training)
-        layers = self._dense_layers
+        layers = self.dense_layers
         if group_sizes is not None:
             layers = [functools.partial(x, group_sizes=group_sizes) for x in layers]
         return self._feed_forward(inputs, training, *layers)
@@ -204,8 +241,9 @@ class FeedForwardExperts(_FeedForward):
         return (
             RUNS_OP_BY_OP
             and self.num_experts <= FEW_EXPERTS
+            and not self.remat
             and (group_sizes is not None or inputs.shape[0] == 1)
-            and self.intermediate_layer.quantization_mode is None
+            and all(x.quantization_mode is None for x in self.dense_layers)
         )
 
     def _one_by_one(self, inputs, group_sizes, training):
@@ -215,7 +253,7 @@ class FeedForwardExperts(_FeedForward):
         else:
             *rows, rest = split_rows(inputs, group_sizes)
             rest = [ops.zeros_like(rest)]
-        layers = [layer.of_each_expert() for layer in self._dense_layers]
+        layers = [layer.of_each_expert() for layer in self.dense_layers]
         results = [
             self._feed_forward(x, training, *dense)
             for x, *dense in zip(rows, *layers, strict=True)

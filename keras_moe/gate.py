@@ -78,7 +78,7 @@ class Gate(keras.layers.Layer):
         self.kernel_initializer = initializers.get(kernel_initializer)
         self.bias_initializer = initializers.get(bias_initializer)
         self._hidden = [
-            keras.layers.Dense(
+            UnquantizedDense(
                 width,
                 activation="relu",
                 kernel_initializer=initializers.clone(self.kernel_initializer),
@@ -169,6 +169,9 @@ class Gate(keras.layers.Layer):
             seed=self.seed_generator,
         )
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Leaves the gate as it is, so that the routing stays what it was."""
+
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.num_experts)
 
@@ -191,6 +194,13 @@ class Gate(keras.layers.Layer):
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),
         }
+
+
+class UnquantizedDense(keras.layers.Dense):
+    """A dense layer of a gate, which `quantize` leaves as it is."""
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        pass
 
 
 def _widths(hidden_layers):

@@ -24,3 +24,8 @@ def _deserialize(config):
         return [_deserialize(part) for part in config]
     config = {k: v for k, v in config.items() if k != "build_config"}
     return keras.saving.deserialize_keras_object(config)
+
+
+def unquantized(policy):
+    """The dtype policy from which `quantize` made this one, if it did."""
+    return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])
