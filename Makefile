@@ -12,23 +12,29 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"
 
-.PHONY: help demo test test-all test-peers peers lint bench clean
+.PHONY: help demo examples test test-all test-peers peers lint bench clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
+	@echo "make examples    the other examples: upcycling, digits_vit, multi_gate"
 	@echo "make test        the tests, on one backend"
 	@echo "make test-all    all tests, on all three backends, and files between them"
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
 
-demo: .venv/with-$(KERAS_BACKEND) .venv/with-examples
+demo: .venv/with-$(KERAS_BACKEND) .venv/with-plots
 	$(bin)/python examples/char_lm.py $(DEMO)
+
+examples: .venv/with-$(KERAS_BACKEND) .venv/with-examples
+	$(bin)/python examples/upcycling.py $(UPCYCLING)
+	$(bin)/python examples/digits_vit.py $(EPOCHS)
+	$(bin)/python examples/multi_gate.py $(EPOCHS)
 
 test: .venv/with-$(KERAS_BACKEND) .venv/with-test
 	$(pytest) tests --ignore tests/peers --ignore tests/cross $(select)
 
-test-all:
+test-all: .venv/with-onnx
 	$(MAKE) test select= KERAS_BACKEND=tensorflow
 	$(MAKE) test select= KERAS_BACKEND=jax
 	$(MAKE) test select= KERAS_BACKEND=torch
@@ -45,7 +51,7 @@ lint: .venv/with-lint
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 
-bench: .venv/with-tensorflow .venv/with-jax .venv/with-examples peers
+bench: .venv/with-tensorflow .venv/with-jax .venv/with-plots peers
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=jax $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=torch $(bin)/python benchmarks/bench.py

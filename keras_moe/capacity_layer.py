@@ -5,6 +5,7 @@ from keras import ops
 from keras_moe import checks
 from keras_moe.base_layer import BaseMoeLayer
 from keras_moe.grouping import expert_capacity
+from keras_moe.kernels import as_size
 
 
 class CapacityMoeLayer(BaseMoeLayer):
@@ -53,7 +54,9 @@ class CapacityMoeLayer(BaseMoeLayer):
         decide = router if report else router.route
         return decide(
             tokens,
-            expert_capacity=self.capacity(ops.shape(tokens)[1], router, training),
+            expert_capacity=self.capacity(
+                as_size(ops.shape(tokens)[1]), router, training
+            ),
             mask=mask,
             training=training,
         )

@@ -10,7 +10,7 @@ import math
 
 from keras import ops
 
-from keras_moe.kernels import clip_size
+from keras_moe.kernels import as_size, clip_size
 
 
 def group(inputs, mask, examples_per_group):
@@ -26,7 +26,7 @@ def group(inputs, mask, examples_per_group):
         `(tokens, mask)`: `[g, t, h]`, zero where masked, and bool `[g, t]`, or
         `None` where every token is valid.
     """
-    shape = ops.shape(inputs)
+    shape = [as_size(n) for n in ops.shape(inputs)]
     rows, length, t = _rows(shape, examples_per_group)
     tokens = ops.reshape(inputs, (rows, length, shape[-1]))
     if mask is not None:
@@ -58,7 +58,7 @@ def ungroup(tokens, inputs, examples_per_group):
     Returns:
         `[batch, ..., h]`.
     """
-    shape = ops.shape(inputs)
+    shape = [as_size(n) for n in ops.shape(inputs)]
     rows, length, t = _rows(shape, examples_per_group)
     if not _fills_groups(length, t):
         filled = -(-length // t) * t

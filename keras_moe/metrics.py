@@ -1,9 +1,11 @@
 """What is looked at: routing statistics, and `add_metric` for Keras 3 layers."""
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_moe.kernels import CARRIES_STATE
+from keras_moe.kernels import CARRIES_STATE, scatter_add_rows
+from keras_moe.routing import expert_load
 
 
 def routing_statistics(routing, valid):
@@ -121,8 +123,64 @@ class LayerMetrics:
     @property
     def variables(self):
         # Backends that are given a model's state, as JAX is, find it here.
-        state = [self._running_means.state] if self.export_metrics else []
-        return super().variables + state
+        return super().variables + self.running_state
+
+    @property
+    def running_state(self):
+        """Variables of the layer that are no weights."""
+        return [self._running_means.state] if self.export_metrics else []
+
+
+def running_sums(shape, name):
+    """A variable for sums over batches, which is no weight of any layer."""
+    # Made from an initializer, not an array, so that a layer may be made while
+    # another is built symbolically; never autocast, as bfloat16 does not count
+    # beyond 256.
+    return keras.Variable(
+        initializer="zeros",
+        shape=shape,
+        dtype="float32",
+        trainable=False,
+        autocast=False,
+        aggregation="sum",
+        name=name,
+    )
+
+
+class RoutingLog:
+    """What a router did, in sums over batches, for `RoutingMonitor`.
+
+    It is a plain object, so that Keras takes the variable for no weight.
+    """
+
+    def __init__(self, num_experts):
+        self.sums = running_sums((num_experts + 3,), "routing_log")
+
+    def update(self, routing, *, valid, left_behind, z_loss):
+        """Adds a batch.
+
+        Args:
+            routing: `Slots`, `Rows` or `RouterMask`.
+            valid: float32 scalar, the number of tokens that are not masked.
+            left_behind: float32 scalar, the share of these without an expert.
+            z_loss: float32 scalar.
+        """
+        figures = ops.stack([valid, valid * left_behind, valid * z_loss])
+        sums = ops.concatenate([figures, expert_load(routing)])
+        self.sums.assign_add(ops.stop_gradient(sums))
+
+    def read(self):
+        """A dict of the sums since the last `clear`, numpy."""
+        tokens, left_behind, z_loss, *load = ops.convert_to_numpy(self.sums)
+        return {
+            "tokens": tokens,
+            "left_behind": left_behind,
+            "z_loss": z_loss,
+            "load": np.array(load),
+        }
+
+    def clear(self):
+        self.sums.assign(ops.zeros(self.sums.shape, dtype="float32"))
 
 
 class _RunningMeans:
@@ -136,18 +194,7 @@ class _RunningMeans:
     room = 32
 
     def __init__(self):
-        # Made from an initializer, not an array, so that a layer may be made
-        # while another is built symbolically; never autocast, as bfloat16 does
-        # not count beyond 256.
-        self.state = keras.Variable(
-            initializer="zeros",
-            shape=(self.room, 2),
-            dtype="float32",
-            trainable=False,
-            autocast=False,
-            aggregation="sum",
-            name="running_means",
-        )
+        self.state = running_sums((self.room, 2), "running_means")
         self.views = []
         self._columns = {}
         self._traced = None
@@ -160,10 +207,10 @@ class _RunningMeans:
                 )
             if name not in self._columns:
                 self._add_column(name, prefix)
-        columns = ops.convert_to_tensor([[self._columns[name]] for name in values])
+        columns = ops.convert_to_tensor([self._columns[name] for name in values])
         sums = ops.stack([_scalar(*value) for value in values.items()])
         counted = ops.stop_gradient(ops.stack([sums, ops.ones_like(sums)], axis=-1))
-        self.state.assign_add(ops.scatter(columns, counted, (self.room, 2)))
+        self.state.assign_add(scatter_add_rows(counted, columns, self.room))
         # A JAX step asks for results before the variable has its new value;
         # this is that value, for as long as the step is being traced.
         if CARRIES_STATE:

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.kernels import scatter_add_rows
+from keras_moe.kernels import argsort, scatter_add_rows, take
 from keras_moe.routing import Rows, Slots
 from keras_moe.selection import finite, valid_tokens
 
@@ -39,7 +39,7 @@ def place(selection, probs, expert_capacity, priority="choice"):
     groups, tokens, k = ops.shape(selection.expert_index)
     wanted = selection.expert_index
     if priority == "probability":
-        token_order = ops.argsort(-ops.max(finite(probs), axis=-1), axis=-1)
+        token_order = argsort(-ops.max(finite(probs), axis=-1))
         wanted = ops.take_along_axis(wanted, ops.expand_dims(token_order, -1), axis=1)
     if priority != "token":
         wanted = ops.transpose(wanted, (0, 2, 1))
@@ -47,7 +47,7 @@ def place(selection, probs, expert_capacity, priority="choice"):
     wanted = ops.reshape(wanted, (groups, tokens * k))
     # Sorted by expert, each expert's assignments are a run in that order; the
     # sort is stable on every backend. Masked ones (-1) come first.
-    order = ops.argsort(wanted, axis=-1)
+    order = argsort(wanted)
     counts = _counts(wanted, probs.shape[-1])  # g e
     masked = tokens * k - ops.sum(counts, axis=-1, keepdims=True)
     start = masked + ops.cumsum(counts, axis=-1) - counts
@@ -76,9 +76,9 @@ def _place_all(selection, probs):
     counts = _counts(wanted, probs.shape[-1])  # g e
     wanted = ops.reshape(wanted, (-1,))
     nobody = wanted < 0
-    order = ops.argsort(ops.where(nobody, probs.shape[-1], wanted))
-    nobody = ops.take(nobody, order)
-    weight = ops.take(ops.reshape(selection.weight, (-1,)), order)
+    order = argsort(ops.where(nobody, probs.shape[-1], wanted))
+    nobody = take(nobody, order)
+    weight = take(ops.reshape(selection.weight, (-1,)), order)
     return Rows(
         token_index=ops.where(nobody, -1, ops.cast(order // k, "int32")),
         weight=ops.where(nobody, 0.0, weight),
@@ -140,7 +140,7 @@ def experts_choose(probs, expert_capacity):
     valid = valid_tokens(probs)
     scores = ops.where(ops.expand_dims(valid, -1), finite(probs), -1.0)
     scores = ops.transpose(ops.stop_gradient(scores), (0, 2, 1))  # g e t
-    token = ops.argsort(-scores, axis=-1)[..., :expert_capacity]  # g e c
+    token = argsort(-scores)[..., :expert_capacity]  # g e c
     filled = ops.take_along_axis(scores, token, axis=-1) >= 0
     weight = ops.take_along_axis(ops.transpose(probs, (0, 2, 1)), token, axis=-1)
     return Slots(
@@ -156,7 +156,7 @@ def _take(row, index):
     groups, length = ops.shape(row)
     first = ops.arange(groups, dtype="int32") * length
     flat = ops.cast(index, "int32") + ops.reshape(first, (groups, 1, 1))
-    taken = ops.take(ops.reshape(row, (-1,)), ops.reshape(flat, (-1,)), axis=0)
+    taken = take(ops.reshape(row, (-1,)), ops.reshape(flat, (-1,)))
     return ops.reshape(taken, ops.shape(index))
 
 

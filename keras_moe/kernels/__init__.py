@@ -25,9 +25,12 @@ XLA_COMPILES_ROWS = BACKEND != "tensorflow"
 _known = BACKEND if BACKEND in ("tensorflow", "jax", "torch") else "plain"
 _kernels = importlib.import_module(f"{__name__}.{_known}")
 
+argsort = _kernels.argsort
+as_size = _kernels.as_size
 gather_rows = _kernels.gather_rows
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
+take = _kernels.take
 grouped_dense = _kernels.grouped_dense
 
 

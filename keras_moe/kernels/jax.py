@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from keras_moe.kernels.plain import split_rows  # noqa: F401
+from keras_moe.kernels.plain import argsort, as_size, split_rows, take  # noqa: F401
 
 # So many rows of a group are multiplied at once on a CPU. Large blocks, which read
 # the matrices less often, come first where an average group fills one.

@@ -7,6 +7,21 @@ import itertools
 from keras import ops
 
 
+def as_size(n):
+    """A size as a number, where it is known to the backend."""
+    return n
+
+
+def argsort(x):
+    """The order of the last axis, of equals the earlier first."""
+    return ops.argsort(x, axis=-1)
+
+
+def take(x, index):
+    """`x[index]`: `[n, ...]` and an int `[r]` to `[r, ...]`."""
+    return ops.take(x, index, axis=0)
+
+
 def gather_rows(x, index):
     """Rows of `x` by index, a row of zeros for -1.
 

@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from keras_moe.kernels.plain import argsort, as_size, take  # noqa: F401
+
 
 @tf.custom_gradient
 def gather_rows(x, index):

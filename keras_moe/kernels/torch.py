@@ -2,6 +2,23 @@
 
 import torch
 
+from keras_moe.kernels import plain
+
+
+def as_size(n):
+    return int(n)  # A tensor while ONNX is exported.
+
+
+def argsort(x):
+    if torch.onnx.is_in_onnx_export():
+        # There is no sort in ONNX; of equals its TopK, too, takes the earlier first.
+        return torch.topk(x, x.shape[-1], largest=False).indices
+    return plain.argsort(x)
+
+
+def take(x, index):
+    return x.index_select(0, index)
+
 
 def gather_rows(x, index):
     x = torch.cat([x.new_zeros((1, x.shape[1])), x])
@@ -10,6 +27,9 @@ def gather_rows(x, index):
 
 def scatter_add_rows(rows, index, num_rows):
     result = rows.new_zeros((num_rows + 1, *rows.shape[1:]))
+    if torch.onnx.is_in_onnx_export():  # It adds up only what `scatter_add` does.
+        index = (index + 1).long().reshape(-1, *[1] * (rows.ndim - 1))
+        return result.scatter_add(0, index.expand_as(rows), rows)[1:]
     return result.index_add(0, index + 1, rows)[1:]
 
 

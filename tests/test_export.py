@@ -1,0 +1,122 @@
+"""Models that leave Keras: SavedModel, ONNX, and decoding token by token."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_moe
+
+E, F, H, T, ALPHABET = 4, 8, 6, 12, 11
+BACKEND = keras.backend.backend()
+FACTORS = [2.0, None]
+
+# TensorFlow loads Keras where it finds it: here it does not.
+SERVE = """
+import sys
+sys.modules["keras"] = sys.modules["keras_moe"] = None
+import numpy as np
+import tensorflow as tf
+model = tf.saved_model.load(sys.argv[1])
+data = np.load(sys.argv[2])
+results = {name: model.serve(x).numpy() for name, x in data.items()}
+np.savez(sys.argv[3], **results)
+"""
+
+
+def make_model(factor, length=T):
+    inputs = keras.Input((length, H))
+    x = inputs
+    for i in range(2):
+        x = x + keras_moe.MoeLayer(
+            keras_moe.FeedForwardExperts(E, F, kernel_initializer="he_normal"),
+            keras_moe.MaskedRouter(
+                E, num_selected_experts=2, kernel_initializer="he_normal"
+            ),
+            train_capacity_factor=factor,
+            eval_capacity_factor=factor,
+            examples_per_group=4.0 if length else 1.0,
+            name=f"moe_{i}",
+        )(x)
+    return keras.Model(inputs, x)
+
+
+def check_served(model, data, folder):
+    """A process without Keras answers as the model does."""
+    model.export(folder / "served", verbose=False)
+    np.savez(folder / "data.npz", **data)
+    command = [sys.executable, "-c", SERVE]
+    files = [folder / name for name in ("served", "data.npz", "results.npz")]
+    subprocess.run([*command, *map(str, files)], check=True)
+    results = np.load(folder / "results.npz")
+    for name, x in data.items():
+        expected = model.predict_on_batch(x)
+        np.testing.assert_allclose(results[name], expected, atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel there")
+@pytest.mark.parametrize("factor", FACTORS)
+def test_saved_model_of_any_batch_size(factor, rng, tmp_path):
+    data = {
+        f"of_{n}": rng.normal(size=(n, T, H)).astype("float32") for n in (1, 3, 4, 9)
+    }
+    check_served(make_model(factor), data, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras needs a known length there")
+@pytest.mark.parametrize("factor", FACTORS)
+def test_saved_model_of_any_length(factor, rng, tmp_path):
+    data = {f"of_{n}": rng.normal(size=(2, n, H)).astype("float32") for n in (1, 5, 30)}
+    check_served(make_model(factor, length=None), data, tmp_path)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(BACKEND != "torch", reason="ONNX is PyTorch's")
+def test_onnx(rng, tmp_path):
+    import onnxruntime
+
+    model = make_model(2.0)
+    x = rng.normal(size=(4, T, H)).astype("float32")
+    expected = model.predict_on_batch(x)
+    file = str(tmp_path / "model.onnx")
+    signature = [keras.InputSpec(shape=(4, T, H), dtype="float32")]
+    model.export(file, format="onnx", input_signature=signature, verbose=False)
+    session = onnxruntime.InferenceSession(file)
+    (found,) = session.run(None, {session.get_inputs()[0].name: x})
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_decoding_token_by_token():
+    """With the state of a recurrent layer: the answers of the whole sequence."""
+    embedding = keras.layers.Embedding(ALPHABET, H)
+    recurrent = keras.layers.GRU(H, return_sequences=True, return_state=True)
+    moe = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(E, F, kernel_initializer="he_normal"),
+        keras_moe.MaskedRouter(
+            E, num_selected_experts=2, kernel_initializer="he_normal"
+        ),
+        train_capacity_factor=1.25,
+        eval_capacity_factor=None,
+    )
+    head = keras.layers.Dense(ALPHABET)
+
+    def build(length):
+        tokens = keras.Input((length,), dtype="int32")
+        state = keras.Input((H,))
+        x, after = recurrent(embedding(tokens), initial_state=state)
+        return keras.Model([tokens, state], [head(x + moe(x)), after])
+
+    sequence = np.random.default_rng(0).integers(ALPHABET, size=(3, T)).astype("int32")
+    start = np.zeros((3, H), "float32")
+    expected, _ = build(T).predict_on_batch([sequence, start])
+    step, state = build(1), start
+    for t in range(T):
+        logits, state = step.predict_on_batch([sequence[:, t : t + 1], state])
+        np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=1e-5)
+    assert np.argmax(expected, -1).std() > 0
+    assert float(ops.max(ops.abs(expected[:, 0] - expected[:, 1]))) > 1e-3
