@@ -9,11 +9,12 @@ and einsums:
     a  assignments: rows, one for each choice of a token
 """
 
-from keras_moe import losses, presets
+from keras_moe import callbacks, losses, presets
 from keras_moe.backbone import MoeLayerWithBackbone
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
 from keras_moe.hierarchical_moe_layer import HierarchicalMoeLayer
+from keras_moe.inspection import summary
 from keras_moe.metrics import LayerMetrics
 from keras_moe.moe_layer import MoeLayer
 from keras_moe.routers import (
@@ -26,6 +27,7 @@ from keras_moe.routers import (
 )
 from keras_moe.routing import RouterMask, Rows, Slots
 from keras_moe.soft_moe_layer import SoftMoeLayer
+from keras_moe.upcycling import select_experts, upcycle
 
 __version__ = "0.1.0"
 
@@ -48,6 +50,10 @@ __all__ = [
     "SoftMoeLayer",
     "TokensChooseRouter",
     "Top2MaskedRouter",
+    "callbacks",
     "losses",
     "presets",
+    "select_experts",
+    "summary",
+    "upcycle",
 ]

@@ -51,6 +51,23 @@ class BaseMoeLayer(keras.layers.Layer):
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `decide`.")
 
+    # How many experts a token goes to at most; `None` where experts choose.
+    experts_per_token = None
+
+    def count_slots(self, tokens, training):
+        """How many slots all experts have together. To be overridden.
+
+        Args:
+            tokens: int, the tokens of a group.
+            training: bool.
+
+        Returns:
+            An int; `None` where there is no capacity.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `count_slots`."
+        )
+
     def build(self, input_shape):
         self._check_input_shape(input_shape)
         hidden = input_shape[-1]

@@ -94,6 +94,15 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
             self.inner_router.router_weights.num_gates = outer
             self.inner_router.build((None, outer, None, hidden))
 
+    @property
+    def experts_per_token(self):
+        outer = self.outer_router.experts_per_token
+        return outer and outer * self.inner_router.experts_per_token
+
+    def count_slots(self, tokens, training):
+        outer = self.capacity(tokens, self.outer_router, training)
+        return self.num_experts * self.capacity(outer, self.inner_router, training)
+
     def decide(self, tokens, mask, training, report=True):
         outer = self.ask(self.outer_router, tokens, mask, training, report)
         inner = self._decide_inner(tokens, outer, training, report)

@@ -105,6 +105,14 @@ class MoeLayer(CapacityMoeLayer):
     def decide(self, tokens, mask, training, report=True):
         return self.ask(self.router, tokens, mask, training, report)
 
+    @property
+    def experts_per_token(self):
+        return self.router.experts_per_token
+
+    def count_slots(self, tokens, training):
+        capacity = self.capacity(tokens, self.router, training)
+        return None if capacity is None else self.num_experts * capacity
+
     def balance_loss(self, routing):
         """The balance loss of a routing, unweighted.
 
@@ -131,7 +139,7 @@ class MoeLayer(CapacityMoeLayer):
             )
 
     def _warn_of_certain_drops(self):
-        k = getattr(self.router, "num_selected_experts", 0)
+        k = self.router.experts_per_token or 0
         factors = (self.train_capacity_factor, self.eval_capacity_factor)
         factor = min((f for f in factors if f is not None), default=k)
         if factor < k:

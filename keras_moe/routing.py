@@ -146,6 +146,24 @@ def row_arguments(routing):
     return {}
 
 
+def expert_load(routing):
+    """What each expert is wanted for, in tokens.
+
+    Args:
+        routing: `Slots`, `Rows` or `RouterMask`.
+
+    Returns:
+        float32 `[e]`: each group's `load` times its valid tokens, added up; of
+        a `RouterMask`, which has none, what fills the experts' slots.
+    """
+    if isinstance(routing, RouterMask):
+        return ops.sum(routing.assignments, axis=(0, 2))
+    # A token that is NaN is valid too.
+    valid = ops.cast(ops.any(routing.probs != 0, axis=-1), "float32")
+    tokens = ops.sum(valid, axis=1, keepdims=True)
+    return ops.sum(routing.load * tokens, axis=0)
+
+
 def _mean(x):
     """The mean, 0 of nothing."""
     return ops.sum(x) / ops.maximum(ops.sum(ops.ones_like(x)), 1.0)

@@ -73,6 +73,13 @@ class SoftMoeLayer(BaseMoeLayer):
         )
         self.scale = self.add_weight(name="scale", initializer="ones", **float32)
 
+    @property
+    def experts_per_token(self):
+        return self.num_experts
+
+    def count_slots(self, tokens, training):
+        return self.num_experts * self.slots_per_expert
+
     def decide(self, tokens, mask, training, report=True):
         tokens = ops.normalize(ops.cast(tokens, "float32"), axis=-1)
         slots = ops.normalize(ops.convert_to_tensor(self.slots), axis=0)

@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe import checks
 from keras_moe.placement import place
 from keras_moe.routers.router import Router
+from keras_moe.routing import expert_load
 from keras_moe.selection import finite, normalized, top_k, within_best_groups
 
 
@@ -83,6 +84,10 @@ class BiasBalancedMaskedRouter(Router):
         )
         self.bias_update_rate = checks.number("bias_update_rate", bias_update_rate)
 
+    @property
+    def experts_per_token(self):
+        return self.num_selected_experts
+
     def build(self, input_shape):
         super().build(input_shape)
         self.expert_bias = self.add_weight(
@@ -115,8 +120,7 @@ class BiasBalancedMaskedRouter(Router):
         return routing
 
     def _move_bias(self, routing):
-        tokens = ops.sum(routing.probs, axis=(1, 2))  # g, as each is 1 in sum
-        load = ops.sum(routing.load * ops.expand_dims(tokens, -1), axis=0)
+        load = expert_load(routing)
         # Not by what rounding leaves of a perfect balance.
         error = ops.mean(load) - load
         error = ops.where(ops.abs(error) < 1e-3, 0.0, error)

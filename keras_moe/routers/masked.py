@@ -106,6 +106,10 @@ class MaskedRouter(TokensChooseRouter):
                 f"Received: num_selected_experts={num_selected_experts}."
             )
 
+    @property
+    def experts_per_token(self):
+        return self.num_selected_experts
+
     def compute_routing(self, probs, expert_capacity, training=None):
         k, normalize = self.num_selected_experts, self.normalize_weights
         wanted = selection = top_k(probs, k, normalize)

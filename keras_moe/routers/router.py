@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe import checks
 from keras_moe.gate import Gate
 from keras_moe.losses import router_z_loss
-from keras_moe.metrics import LayerMetrics, routing_statistics
+from keras_moe.metrics import LayerMetrics, RoutingLog, routing_statistics
 from keras_moe.routing import check_routing
 
 # What a router's arguments and its gate's have in common.
@@ -40,7 +40,8 @@ class Router(LayerMetrics, keras.layers.Layer):
         bias_initializer: initializer of the gate's bias.
         router_z_loss_weight: float, the weight of the z-loss, which is added
             in training and evaluation.
-        export_metrics: `True`, `False`, or a tuple of names of `metric_names`.
+        export_metrics: `True`, `False`, or a tuple of names of `metric_names`. With
+            `()` there are none, but `RoutingMonitor` still sees the router.
         name: string.
         **kwargs: forwarded to `keras.layers.Layer`.
 
@@ -50,6 +51,9 @@ class Router(LayerMetrics, keras.layers.Layer):
             no capacity, if `supports_dropless`.
         mask: bool `[g, t]`, false for a token to leave out, or `None`.
         training: bool.
+
+    Attributes:
+        log: a `RoutingLog`, `None` without metrics.
 
     Returns:
         `Slots`, `Rows` or a `RouterMask`.
@@ -64,6 +68,10 @@ class Router(LayerMetrics, keras.layers.Layer):
         "expert_usage",
     )
     load_balancing_loss_weight = 0.0
+    # How many experts a token goes to at most; `None` where experts choose.
+    experts_per_token = None
+    # Before `__init__`, where Keras may already ask for `variables`.
+    log = None
     # Whether `compute_routing` can do without an `expert_capacity`.
     supports_dropless = False
 
@@ -107,6 +115,8 @@ class Router(LayerMetrics, keras.layers.Layer):
         )
         for argument in GATE_ARGUMENTS:
             setattr(self, argument, getattr(self.router_weights, argument))
+        if self.export_metrics is not False:
+            self.log = RoutingLog(self.num_experts)
         self.input_spec = keras.InputSpec(ndim=3)
         self.supports_masking = True
 
@@ -188,20 +198,28 @@ class Router(LayerMetrics, keras.layers.Layer):
         """
         self._add_weighted_loss(z_loss, self.router_z_loss_weight)
         self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
-        if self.export_metrics:
-            self.add_metrics(
-                {
-                    "router_z_loss": self.router_z_loss_weight * z_loss,
-                    "unscaled_router_z_loss": z_loss,
-                    "load_balancing_loss": balance_loss,
-                    **routing_statistics(routing, valid),
-                }
-            )
+        if self.export_metrics is False:
+            return
+        statistics = routing_statistics(routing, valid)
+        self.add_metrics(
+            {
+                "router_z_loss": self.router_z_loss_weight * z_loss,
+                "unscaled_router_z_loss": z_loss,
+                "load_balancing_loss": balance_loss,
+                **statistics,
+            }
+        )
+        left_behind = statistics["fraction_tokens_left_behind"]
+        self.log.update(routing, valid=valid, left_behind=left_behind, z_loss=z_loss)
 
     def _add_weighted_loss(self, loss, weight):
         if weight:
             # In the dtype of the task's loss, to which Keras adds it.
             self.add_loss(ops.cast(weight * loss, keras.config.floatx()))
+
+    @property
+    def running_state(self):
+        return super().running_state + ([self.log.sums] if self.log else [])
 
     @property
     def metrics_prefix(self):

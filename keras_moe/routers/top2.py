@@ -42,6 +42,7 @@ class Top2MaskedRouter(TokensChooseRouter):
     """
 
     supports_dropless = True
+    experts_per_token = 2
 
     def __init__(
         self,

@@ -1,0 +1,120 @@
+"""Pictures of routings. They need matplotlib."""
+
+import numpy as np
+from keras import ops
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from keras_moe.routing import RouterMask, Rows, check_routing
+
+# Readable in grey: the more, the lighter.
+COLOURS = "viridis"
+
+
+def token_weights(routing):
+    """With what weight each token goes to each expert.
+
+    Args:
+        routing: `Slots`, `Rows` or `RouterMask`, of `layer.route(inputs)` or a
+            call with `return_routing`.
+
+    Returns:
+        numpy `[g, t, e]`, 0 where the token does not go.
+    """
+    check_routing(routing)
+    if isinstance(routing, RouterMask):
+        return ops.convert_to_numpy(ops.sum(routing.combine_array, axis=-1))
+    token, weight, probs = (
+        ops.convert_to_numpy(part)
+        for part in (routing.token_index, routing.weight, routing.probs)
+    )
+    groups, tokens, experts = probs.shape
+    if isinstance(routing, Rows):
+        group, token = np.divmod(token, tokens)
+        sizes = ops.convert_to_numpy(routing.group_sizes)
+        # Rows of no expert come last, with weight 0.
+        expert = np.repeat(np.arange(experts), sizes)
+        expert = np.pad(expert, (0, len(token) - len(expert)))
+    else:
+        group = np.arange(groups)[:, None, None]
+        expert = np.arange(experts)[:, None]
+        weight = np.where(token >= 0, weight, 0)
+    result = np.zeros((groups, tokens, experts), "float32")
+    np.add.at(result, (*np.broadcast_arrays(group, token, expert),), weight)
+    return result
+
+
+def draw_routing(routing, labels=None, group=0):
+    """Draws which token went to which expert: a row a token, the more the darker.
+
+    Args:
+        routing: see `token_weights`.
+        labels: a list of strings, one for each token of the group, or `None`.
+        group: int, the group to draw.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: for another number of labels.
+    """
+    weights = token_weights(routing)[group]
+    tokens, experts = weights.shape
+    if labels is not None and len(labels) != tokens:
+        raise ValueError(
+            f"`labels` must be one for each of {tokens} tokens. "
+            f"Received: {len(labels)}."
+        )
+    size = (min(3 + 0.3 * experts, 14), min(1.5 + 0.2 * tokens, 14))
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(weights, cmap="Greys", vmin=0, aspect="auto")
+    axes.set(xlabel="expert", ylabel="token")
+    axes.xaxis.set_major_locator(MaxNLocator(16, integer=True))
+    if labels is None:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    else:
+        axes.set_yticks(range(tokens), labels, fontsize=8)
+    if tokens <= 64 and experts <= 64:  # Lines between cells, as long as they are.
+        axes.set_xticks(np.arange(experts + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(tokens + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="lightgrey", linewidth=0.5)
+        axes.tick_params(which="minor", length=0)
+    figure.colorbar(image, label="weight")
+    return figure
+
+
+def draw_loads(records):
+    """Draws the load of experts: over time as a heat map, and the last as bars.
+
+    Args:
+        records: a list of dicts as of `RoutingMonitor.history`, of one phase.
+
+    Returns:
+        A `matplotlib.figure.Figure`.
+
+    Raises:
+        ValueError: if there is no record.
+    """
+    if not records:
+        raise ValueError("There is no record to draw. Train with the monitor first.")
+    layers = list(dict.fromkeys(record["layer"] for record in records))
+    figure = Figure(figsize=(10, 0.5 + 3 * len(layers)), dpi=120, layout="constrained")
+    panels = figure.subplots(len(layers), 2, squeeze=False, width_ratios=(3, 1))
+    for layer, (over_time, last) in zip(layers, panels, strict=True):
+        of_layer = [record for record in records if record["layer"] == layer]
+        batches = [record for record in of_layer if record["batch"] is not None]
+        loads = np.array([record["load"] for record in batches or of_layer])
+        experts = loads.shape[1]
+        image = over_time.imshow(
+            experts * loads.T, cmap=COLOURS, aspect="auto", vmin=0, origin="lower"
+        )
+        over_time.set(title=layer, ylabel="expert")
+        over_time.set_xlabel("record" if batches else "epoch")
+        figure.colorbar(image, label="load (1: mean)")
+        last.barh(range(experts), experts * loads[-1], color="grey", height=0.8)
+        last.axvline(1, color="black", linestyle="--", linewidth=1)
+        last.set(title="now", xlabel="load (1: mean)", ylim=(-0.5, experts - 0.5))
+        for axis in (over_time.xaxis, over_time.yaxis, last.yaxis):
+            axis.set_major_locator(MaxNLocator(8, integer=True))
+    return figure

@@ -1,0 +1,202 @@
+import csv
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+from layer_check import Subclassed, functional
+
+from keras_moe import (
+    FeedForwardExperts,
+    HierarchicalMoeLayer,
+    MaskedRouter,
+    MoeLayer,
+    Top2MaskedRouter,
+)
+from keras_moe.callbacks import RoutingMonitor
+
+E, F, H, T = 4, 8, 6, 12
+
+
+def make_moe(name="moe", factor=1.0, k=1, **kwargs):
+    router = MaskedRouter(
+        E, num_selected_experts=k, kernel_initializer="he_normal", **kwargs
+    )
+    return MoeLayer(
+        FeedForwardExperts(E, F),
+        router,
+        train_capacity_factor=factor,
+        eval_capacity_factor=factor,
+        name=name,
+    )
+
+
+@pytest.fixture
+def x(rng):
+    return rng.normal(size=(8, T, H)).astype("float32")
+
+
+def frozen(model):
+    """Compiled so that training leaves the weights: each step routes alike."""
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    return model
+
+
+def expected_load(layer, x, training):
+    routing = layer.route(x, training=training)
+    return ops.convert_to_numpy(routing.load).mean(axis=0)
+
+
+def nested():
+    inner = functional(make_moe("inner"), (T, H))
+    inputs = keras.Input((T, H))
+    return keras.Model(inputs, inner(inputs))
+
+
+MODELS = {
+    "functional": lambda: functional(make_moe(), (T, H)),
+    "nested": nested,
+    "subclassed": lambda: Subclassed(make_moe()),
+    "dropless": lambda: functional(make_moe(factor=None, k=2), (T, H)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_figures_are_those_of_the_routing(kind, x):
+    model = frozen(MODELS[kind]())
+    monitor = RoutingMonitor()
+    model.fit(
+        x[:6],
+        x[:6],
+        batch_size=4,  # The second batch is a partial one.
+        epochs=2,
+        validation_data=(x[6:], x[6:]),
+        callbacks=[monitor],
+        shuffle=False,
+        verbose=0,
+    )
+    phases = [(r["epoch"], r["phase"]) for r in monitor.history]
+    assert phases == [(n, p) for n in (0, 1) for p in ("train", "validation")]
+    layer = model.layers[-1]
+    layer = layer.layers[-1] if kind == "nested" else layer
+    for record, data in zip(monitor.history, (x[:6], x[6:]) * 2, strict=True):
+        load = expected_load(layer, data, training=record["phase"] == "train")
+        np.testing.assert_allclose(record["load"], load, atol=1e-6)
+        assert record["max_load"] == pytest.approx(E * load.max(), rel=1e-5)
+        assert record["min_load"] == pytest.approx(E * load.min(), rel=1e-5)
+        entropy = -np.sum(load[load > 0] * np.log(load[load > 0])) / np.log(E)
+        assert record["load_entropy"] == pytest.approx(entropy, rel=1e-5)
+        routing = layer.route(data)
+        served = ops.convert_to_numpy(routing.slots_per_token) > 0
+        assert record["left_behind"] == pytest.approx(1 - served.mean(), abs=1e-6)
+        _, logits = layer.router.router_weights(data, return_logits=True)
+        logits = ops.convert_to_numpy(logits).astype("float64")
+        z_loss = np.mean(np.log(np.exp(logits).sum(axis=-1)) ** 2)
+        assert record["z_loss"] == pytest.approx(z_loss, rel=1e-4)
+        assert record["layer"] == layer.path
+
+
+def test_the_logs_of_other_callbacks(x, tmp_path):
+    model = functional(make_moe(export_metrics=()), (T, H))
+    model.compile("sgd", "mse")
+    logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    stop = keras.callbacks.EarlyStopping(
+        "val_moe/max_load", mode="min", patience=0, baseline=0.5
+    )
+    history = model.fit(
+        x,
+        x,
+        epochs=3,
+        validation_data=(x, x),
+        callbacks=[RoutingMonitor(), logger, stop],
+        verbose=0,
+    ).history
+    # Stopped as soon as it may: no load is below 0.5.
+    assert len(history["moe/max_load"]) == 2
+    assert {"moe/left_behind", "val_moe/load_entropy", "moe/dead_experts"} <= set(
+        history
+    )
+    with open(tmp_path / "log.csv") as file:
+        row, _ = csv.DictReader(file)
+    assert float(row["moe/max_load"]) == pytest.approx(history["moe/max_load"][0])
+
+
+def test_every_few_batches(x):
+    model = frozen(MODELS["functional"]())
+    monitor = RoutingMonitor(every=2)
+    model.fit(
+        x, x, batch_size=1, epochs=2, callbacks=[monitor], shuffle=False, verbose=0
+    )
+    batches = [(r["epoch"], r["batch"]) for r in monitor.history]
+    assert batches == [(n, b) for n in (0, 1) for b in (1, 3, 5, 7, None)]
+    layer = model.layers[-1]
+    for record, first in zip(monitor.history[:4], range(0, 8, 2), strict=True):
+        load = expected_load(layer, x[first : first + 2], training=True)
+        np.testing.assert_allclose(record["load"], load, atol=1e-5)
+
+
+def test_evaluate_alone(x):
+    model = frozen(MODELS["functional"]())
+    monitor = RoutingMonitor()
+    model.predict(x, verbose=0)  # Leaves no trace.
+    model.evaluate(x, x, callbacks=[monitor], verbose=0)
+    (record,) = monitor.history
+    assert (record["phase"], record["epoch"]) == ("test", None)
+    load = expected_load(model.layers[-1], x, training=False)
+    np.testing.assert_allclose(record["load"], load, atol=1e-6)
+
+
+def test_collapse_is_named(x):
+    moe = make_moe("mixture")
+    model = functional(moe, (T, H))
+    moe.router.router_weights.bias.assign([0.0, 0.0, 50.0, 0.0])
+    monitor = RoutingMonitor()
+    frozen(model)
+    with pytest.warns(UserWarning, match=r"mixture has collapsed.*\[2\] have 100%"):
+        model.fit(x, x, callbacks=[monitor], verbose=0)
+    (record,) = monitor.history
+    assert record["dead_experts"] == 3
+    assert record["overloaded_experts"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # Once is enough.
+        model.fit(x, x, callbacks=[monitor], verbose=0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_balance_is_no_collapse(k, x):
+    model = frozen(functional(make_moe(k=k, factor=2.0), (T, H)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.fit(x, x, callbacks=[RoutingMonitor()], verbose=0)
+
+
+def test_two_levels(x):
+    outer, inner = (Top2MaskedRouter(2, name=name) for name in ("outer", "inner"))
+    layer = HierarchicalMoeLayer(FeedForwardExperts(E, F), outer, inner, name="deep")
+    monitor = RoutingMonitor()
+    frozen(functional(layer, (T, H))).fit(x, x, callbacks=[monitor], verbose=0)
+    assert [r["layer"] for r in monitor.history] == ["deep/outer", "deep/inner"]
+    for record in monitor.history:
+        assert record["load"].sum() == pytest.approx(1.0)
+
+
+def test_the_table(x, tmp_path):
+    model = frozen(MODELS["functional"]())
+    monitor = RoutingMonitor()
+    model.fit(x, x, epochs=2, callbacks=[monitor], verbose=0)
+    monitor.to_csv(tmp_path / "routing.csv")
+    with open(tmp_path / "routing.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    found = [float(rows[1][f"load_{i}"]) for i in range(E)]
+    np.testing.assert_allclose(found, monitor.history[1]["load"], rtol=1e-6)
+
+
+def test_nothing_to_watch(x):
+    for model in (
+        functional(make_moe(export_metrics=False), (T, H)),
+        functional(keras.layers.Dense(H), (T, H)),
+    ):
+        with pytest.raises(ValueError, match="no router to watch"):
+            frozen(model).fit(x, x, callbacks=[RoutingMonitor()], verbose=0)

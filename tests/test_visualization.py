@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+from keras import ops
+from matplotlib.image import imread
+
+from keras_moe import ExpertsChooseMaskedRouter, MaskedRouter, SoftMoeLayer
+from keras_moe import FeedForwardExperts as Experts
+from keras_moe.visualization import draw_loads, draw_routing, token_weights
+
+E, H, T = 3, 4, 5
+
+
+@pytest.fixture
+def tokens(rng):
+    return ops.convert_to_tensor(rng.normal(size=(2, T, H)).astype("float32"))
+
+
+@pytest.mark.parametrize("capacity", [2, T, None])
+def test_weights_of_tokens_that_choose(tokens, capacity):
+    router = MaskedRouter(E, num_selected_experts=2, kernel_initializer="he_normal")
+    mask = ops.convert_to_tensor(np.arange(2 * T).reshape(2, T) != 7)
+    routing = router.route(tokens, expert_capacity=capacity, mask=mask)
+    weights = token_weights(routing)
+    probs = ops.convert_to_numpy(routing.probs)
+    chosen = np.argsort(-probs, axis=-1)[..., :2]
+    for g in range(2):
+        for t in range(T):
+            if g * T + t == 7:
+                expected = {}
+            else:
+                expected = {e: probs[g, t, e] for e in chosen[g, t]}
+            found = {e: weights[g, t, e] for e in np.flatnonzero(weights[g, t])}
+            if capacity == 2:  # Some find no slot.
+                assert found.items() <= expected.items()
+            else:
+                assert found == pytest.approx(expected)
+    assert np.count_nonzero(weights) == ops.sum(routing.assignments)
+
+
+def test_weights_where_experts_choose(tokens):
+    routing = ExpertsChooseMaskedRouter(E).route(tokens, expert_capacity=2)
+    weights = token_weights(routing)
+    probs = ops.convert_to_numpy(routing.probs)
+    assert np.all(np.count_nonzero(weights, axis=1) == 2)
+    taken = weights > 0
+    np.testing.assert_array_equal(weights[taken], probs[taken])
+
+
+def test_weights_of_mixtures(tokens):
+    layer = SoftMoeLayer(Experts(E, 4), slots_per_expert=2)
+    weights = token_weights(layer.route(tokens))
+    np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
+
+
+def test_a_routing_is_drawn(tokens, tmp_path):
+    routing = MaskedRouter(E).route(tokens, expert_capacity=None)
+    figure = draw_routing(routing, labels=list("abcde"), group=1)
+    axes, _ = figure.axes
+    assert [t.get_text() for t in axes.get_yticklabels()] == list("abcde")
+    np.testing.assert_array_equal(axes.images[0].get_array(), token_weights(routing)[1])
+    figure.savefig(tmp_path / "routing.png")
+    assert imread(tmp_path / "routing.png").std() > 0.05
+    with pytest.raises(ValueError, match="each of 5 tokens"):
+        draw_routing(routing, labels=["a"])
+
+
+@pytest.mark.parametrize("experts", [2, 128])
+def test_loads_are_drawn(experts, tmp_path, rng):
+    records = [
+        {"layer": name, "batch": None, "load": rng.dirichlet(np.ones(experts))}
+        for _ in range(3)
+        for name in ("block_0/moe", "block_1/moe")
+    ]
+    figure = draw_loads(records)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "block_0/moe" and "now" in titles
+    heat_map = figure.axes[0].images[0].get_array()
+    np.testing.assert_allclose(heat_map[:, 0], experts * records[0]["load"])
+    figure.savefig(tmp_path / "loads.png")
+    assert imread(tmp_path / "loads.png").std() > 0.05
+    with pytest.raises(ValueError, match="no record"):
+        draw_loads([])
