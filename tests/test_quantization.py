@@ -146,3 +146,19 @@ def test_half_quantized_experts_are_not_saved(x, tmp_path):
     model.get_layer("moe").experts.intermediate_layer.quantize("int8")
     with pytest.raises(ValueError, match=r"quantised alike.*moe/experts"):
         model.save(tmp_path / "model.keras")
+
+
+def test_a_layer_with_a_backbone_is_quantized_and_loaded(x, tmp_path):
+    """Its gate is left as it is, too."""
+    moe = make_model(None).get_layer("moe")
+    both = keras_moe.MoeLayerWithBackbone(moe, F, backbone_gate=True, name="both")
+    model = functional(both, (T, H))
+    expected = model.predict_on_batch(x)
+    quantize(model, "int8")
+    assert both.backbone_gate_layer.kernel.dtype == "float32"
+    assert both.backbone.output_layer.kernel.dtype == "int8"
+    found = model.predict_on_batch(x)
+    assert distance(found, expected) < 0.03
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict_on_batch(x), found)
