@@ -62,7 +62,15 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nested",
+        "dropless",
+        pytest.param("functional", marks=pytest.mark.thorough),
+        pytest.param("subclassed", marks=pytest.mark.thorough),
+    ],
+)
 def test_figures_are_those_of_the_routing(kind, x):
     model = frozen(MODELS[kind]())
     monitor = RoutingMonitor()

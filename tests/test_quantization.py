@@ -48,8 +48,10 @@ def x(rng):
 CASES = [
     ("int8", 2.0, {}),
     ("int8", None, {}),
-    ("int8", None, {"gated": True, "use_bias": False}),
-    ("int8", None, {"dtype": "mixed_bfloat16"}),
+    pytest.param(
+        "int8", None, {"gated": True, "use_bias": False}, marks=pytest.mark.thorough
+    ),
+    pytest.param("int8", None, {"dtype": "mixed_bfloat16"}, marks=pytest.mark.thorough),
     ("int4", 2.0, {}),
 ]
 
@@ -102,7 +104,9 @@ def test_int4_needs_a_capacity(x):
         model.predict_on_batch(x)
 
 
-@pytest.mark.parametrize("factor", [2.0, None])
+@pytest.mark.parametrize(
+    "factor", [None, pytest.param(2.0, marks=pytest.mark.thorough)]
+)
 def test_adapters_of_quantized_experts(factor, x, rng, tmp_path):
     """LoRA on int8: only the adapters and what is not quantised is trained."""
     model = make_model(factor)
@@ -148,6 +152,7 @@ def test_half_quantized_experts_are_not_saved(x, tmp_path):
         model.save(tmp_path / "model.keras")
 
 
+@pytest.mark.thorough
 def test_a_layer_with_a_backbone_is_quantized_and_loaded(x, tmp_path):
     """Its gate is left as it is, too."""
     moe = make_model(None).get_layer("moe")

@@ -10,7 +10,14 @@ import keras_moe
 
 E, F, H, T = 4, 8, 6, 10
 # On PyTorch `True` is `torch.compile`, which Keras never chooses by itself.
-JIT_COMPILE = ["auto"] if keras.backend.backend() == "torch" else ["auto", True]
+JIT_COMPILE = (
+    ["auto"]
+    if keras.backend.backend() == "torch"
+    else [
+        "auto",
+        pytest.param(True, marks=pytest.mark.thorough),
+    ]
+)
 X = np.random.default_rng(0).normal(size=(4, T, H)).astype("float32")
 
 
@@ -34,7 +41,9 @@ def trained(factor, **experts):
 
 
 @pytest.mark.parametrize("factor", [2.0, None])
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "gated", [False, pytest.param(True, marks=pytest.mark.thorough)]
+)
 def test_training_is_the_same(factor, gated):
     losses, weights = trained(factor, gated=gated, remat=True)
     expected_losses, expected = trained(factor, gated=gated)

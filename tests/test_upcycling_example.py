@@ -3,9 +3,12 @@
 import importlib
 import pathlib
 
+import pytest
+
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
+@pytest.mark.thorough
 def test_a_short_run(monkeypatch, tmp_path, capfd):
     monkeypatch.syspath_prepend(EXAMPLES)
     char_lm, upcycling = map(importlib.import_module, ("char_lm", "upcycling"))
