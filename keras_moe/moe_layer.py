@@ -139,7 +139,7 @@ class MoeLayer(CapacityMoeLayer):
             )
 
     def _warn_of_certain_drops(self):
-        k = self.router.experts_per_token or 0
+        k = getattr(self.router, "num_selected_experts", 0)
         factors = (self.train_capacity_factor, self.eval_capacity_factor)
         factor = min((f for f in factors if f is not None), default=k)
         if factor < k:

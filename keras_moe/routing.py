@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from keras import ops
 
 from keras_moe.kernels import scatter_add_rows
+from keras_moe.selection import valid_tokens
 
 
 class Slots(NamedTuple):
@@ -159,7 +160,7 @@ def expert_load(routing):
     if isinstance(routing, RouterMask):
         return ops.sum(routing.assignments, axis=(0, 2))
     # A token that is NaN is valid too.
-    valid = ops.cast(ops.any(routing.probs != 0, axis=-1), "float32")
+    valid = ops.cast(valid_tokens(routing.probs), "float32")
     tokens = ops.sum(valid, axis=1, keepdims=True)
     return ops.sum(routing.load * tokens, axis=0)
 

@@ -239,7 +239,9 @@ def test_the_routing_of_a_symbolic_call():
     assert rows.group_sizes.shape == (E,)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="no choice")
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="XLA is a choice on TensorFlow"
+)
 def test_keras_turns_xla_off_where_it_cannot_be(rng):
     model = functional(make_moe(), (8, H))
     with pytest.warns(UserWarning, match="jit_compile"):
