@@ -49,8 +49,8 @@ class RoutingMonitor(keras.callbacks.Callback):
     Attributes:
         history: a list of dicts, one for each record of each router: `layer`;
             `phase`, `"train"`, `"validation"` or `"test"`; `epoch`; `batch`,
-            `None` but with `every`; the figures above; and `load`, numpy `[e]`,
-            1 in sum.
+            `None` but with `every`; `step`, how many training batches it has
+            seen; the figures above; and `load`, numpy `[e]`, 1 in sum.
 
     Raises:
         ValueError: for numbers out of range; in training, if there is nothing
@@ -73,6 +73,7 @@ class RoutingMonitor(keras.callbacks.Callback):
         self.collapsed_below = checks.number("collapsed_below", collapsed_below)
         self.history = []
         self._epoch = None
+        self._steps = 0
         self._warned = set()
 
     # What Keras calls
@@ -86,10 +87,12 @@ class RoutingMonitor(keras.callbacks.Callback):
         self._begin()
 
     def on_train_batch_end(self, batch, logs=None):
-        if self.every and (batch + 1) // self.every > self._batches // self.every:
+        # With `steps_per_execution` it is called for the last of several.
+        before, self._batches = self._batches, batch + 1
+        self._steps += self._batches - before
+        if self.every and self._batches // self.every > before // self.every:
             self._record("train", batch=batch, since=self._last)
             self._last = self._read()
-        self._batches = batch + 1
 
     def on_test_begin(self, logs=None):
         if self._epoch is not None:
@@ -177,6 +180,7 @@ class RoutingMonitor(keras.callbacks.Callback):
                 "phase": phase,
                 "epoch": self._epoch,
                 "batch": batch,
+                "step": self._steps,
             }
             self.history.append({**place, **figures})
             self._warn_of_collapse(layer, router, figures["load"])

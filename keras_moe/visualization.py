@@ -9,6 +9,8 @@ from keras_moe.routing import RouterMask, Rows, check_routing
 
 # Readable in grey: the more, the lighter.
 COLOURS = "viridis"
+# Loads above look alike: one peak would leave all else dark.
+HIGHEST = 3.0
 
 
 def token_weights(routing):
@@ -106,13 +108,25 @@ def draw_loads(records):
         batches = [record for record in of_layer if record["batch"] is not None]
         loads = np.array([record["load"] for record in batches or of_layer])
         experts = loads.shape[1]
-        image = over_time.imshow(
-            experts * loads.T, cmap=COLOURS, aspect="auto", vmin=0, origin="lower"
+        loads *= experts
+        if batches:
+            edges = [0, *(record["step"] for record in batches)]
+        else:
+            edges = np.arange(len(loads) + 1) - 0.5
+        image = over_time.pcolormesh(
+            edges,
+            np.arange(experts + 1) - 0.5,
+            loads.T,
+            cmap=COLOURS,
+            vmin=0,
+            vmax=min(loads.max(), HIGHEST),
         )
         over_time.set(title=layer, ylabel="expert")
-        over_time.set_xlabel("record" if batches else "epoch")
-        figure.colorbar(image, label="load (1: mean)")
-        last.barh(range(experts), experts * loads[-1], color="grey", height=0.8)
+        over_time.set_xlabel("training step" if batches else "epoch")
+        extend = "max" if loads.max() > HIGHEST else "neither"
+        figure.colorbar(image, label="load (1: mean)", extend=extend)
+        height = 0.8 if experts <= 32 else 1.0
+        last.barh(range(experts), loads[-1], color="grey", height=height)
         last.axvline(1, color="black", linestyle="--", linewidth=1)
         last.set(title="now", xlabel="load (1: mean)", ylim=(-0.5, experts - 0.5))
         for axis in (over_time.xaxis, over_time.yaxis, last.yaxis):

@@ -138,6 +138,8 @@ def test_every_few_batches(x):
     )
     batches = [(r["epoch"], r["batch"]) for r in monitor.history]
     assert batches == [(n, b) for n in (0, 1) for b in (1, 3, 5, 7, None)]
+    steps = [r["step"] for r in monitor.history]
+    assert steps == [2, 4, 6, 8, 8, 10, 12, 14, 16, 16]
     layer = model.layers[-1]
     for record, first in zip(monitor.history[:4], range(0, 8, 2), strict=True):
         load = expected_load(layer, x[first : first + 2], training=True)

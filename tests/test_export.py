@@ -91,32 +91,81 @@ def test_onnx(rng, tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-def test_decoding_token_by_token():
-    """With the state of a recurrent layer: the answers of the whole sequence."""
-    embedding = keras.layers.Embedding(ALPHABET, H)
-    recurrent = keras.layers.GRU(H, return_sequences=True, return_state=True)
+class CachedAttention(keras.layers.Layer):
+    """Causal attention that carries the keys and values of `[b, T]` along."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.project = keras.layers.Dense(3 * H)
+
+    def build(self, inputs_shape, cache_shape, position_shape):
+        self.project.build(inputs_shape)
+
+    def call(self, inputs, cache, position):
+        query, key, value = ops.split(self.project(inputs), 3, axis=-1)
+        places = ops.arange(T)
+        # [b, t]: where in the sequence the inputs stand.
+        now = position + ops.arange(inputs.shape[1])
+        is_now = ops.cast(now[:, :, None] == places, cache.dtype)
+        cache = cache + ops.einsum(
+            "bsh,bst->bth", ops.concatenate([key, value], axis=-1), is_now
+        )
+        key, value = ops.split(cache, 2, axis=-1)
+        scores = ops.einsum("bsh,bth->bst", query, key)
+        scores = ops.where(places <= now[:, :, None], scores, -1e9)
+        return ops.einsum("bst,bth->bsh", ops.softmax(scores), value), cache
+
+
+class Recurrent(keras.layers.Layer):
+    """A GRU, with its state where the attention has a cache."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.gru = keras.layers.GRU(H, return_sequences=True, return_state=True)
+
+    def build(self, inputs_shape, state_shape, position_shape):
+        self.gru.build(inputs_shape)
+
+    def call(self, inputs, state, position):
+        return self.gru(inputs, initial_state=state)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "state_shape"),
+    [(Recurrent, (H,)), (CachedAttention, (T, 2 * H))],
+)
+def test_decoding_token_by_token(mixer, state_shape, rng):
+    """Layers that carry a state along: the answers of the whole sequence."""
+    embedding = keras.layers.Embedding(ALPHABET, H, embeddings_initializer="he_normal")
+    mixer = mixer()
     moe = keras_moe.MoeLayer(
         keras_moe.FeedForwardExperts(E, F, kernel_initializer="he_normal"),
         keras_moe.MaskedRouter(
             E, num_selected_experts=2, kernel_initializer="he_normal"
         ),
-        train_capacity_factor=1.25,
+        train_capacity_factor=2.0,
         eval_capacity_factor=None,
     )
     head = keras.layers.Dense(ALPHABET)
 
     def build(length):
         tokens = keras.Input((length,), dtype="int32")
-        state = keras.Input((H,))
-        x, after = recurrent(embedding(tokens), initial_state=state)
-        return keras.Model([tokens, state], [head(x + moe(x)), after])
+        state = keras.Input(state_shape)
+        position = keras.Input((1,), dtype="int32")
+        x = embedding(tokens)
+        mixed, after = mixer(x, state, position)
+        x = x + mixed
+        return keras.Model([tokens, state, position], [head(x + moe(x)), after])
 
-    sequence = np.random.default_rng(0).integers(ALPHABET, size=(3, T)).astype("int32")
-    start = np.zeros((3, H), "float32")
-    expected, _ = build(T).predict_on_batch([sequence, start])
+    sequence = rng.integers(ALPHABET, size=(3, T)).astype("int32")
+    start = np.zeros((3, *state_shape), "float32")
+    first = np.zeros((3, 1), "int32")
+    expected, _ = build(T).predict_on_batch([sequence, start, first])
     step, state = build(1), start
     for t in range(T):
-        logits, state = step.predict_on_batch([sequence[:, t : t + 1], state])
+        logits, state = step.predict_on_batch(
+            [sequence[:, t : t + 1], state, first + t]
+        )
         np.testing.assert_allclose(logits[:, 0], expected[:, t], atol=1e-5)
     assert np.argmax(expected, -1).std() > 0
-    assert float(ops.max(ops.abs(expected[:, 0] - expected[:, 1]))) > 1e-3
+    assert np.abs(expected[:, 0] - expected[:, 1]).max() > 1e-3

@@ -81,8 +81,22 @@ def test_noise_is_of_the_copies_kernels_alone(x):
     )
 
 
-def test_a_whole_model_is_upcycled(x):
+def swapped(model, kind, replace):
     """The recipe of the documentation."""
+
+    def clone(layer):
+        if isinstance(layer, kind):
+            return replace(layer)
+        return type(layer).from_config(layer.get_config())
+
+    result = keras.models.clone_model(model, clone_function=clone)
+    for layer in model.layers:
+        if layer.weights and not isinstance(layer, kind):
+            result.get_layer(layer.name).set_weights(layer.get_weights())
+    return result
+
+
+def test_a_whole_model_is_upcycled(x):
     inputs = keras.Input((T, H))
     hidden = keras.layers.Dense(H, name="before")(inputs)
     outputs = hidden + FeedForward(F, name="ff_1")(hidden)
@@ -90,15 +104,9 @@ def test_a_whole_model_is_upcycled(x):
     model = keras.Model(inputs, keras.layers.Dense(2, name="after")(outputs))
     expected = model.predict_on_batch(x)
 
-    def sparse(layer):
-        if isinstance(layer, FeedForward):
-            return upcycle(layer, router(), **NOTHING_DROPS)
-        return type(layer).from_config(layer.get_config())
-
-    grown = keras.models.clone_model(model, clone_function=sparse)
-    for layer in model.layers:
-        if layer.weights and not isinstance(layer, FeedForward):
-            grown.get_layer(layer.name).set_weights(layer.get_weights())
+    grown = swapped(
+        model, FeedForward, lambda ff: upcycle(ff, router(), **NOTHING_DROPS)
+    )
     np.testing.assert_allclose(grown.predict_on_batch(x), expected, atol=1e-5)
     grown.compile("sgd", "mse")
     history = grown.fit(x, expected, epochs=1, verbose=0).history
@@ -107,11 +115,12 @@ def test_a_whole_model_is_upcycled(x):
     assert "ff_1/experts/intermediate/kernel" in paths
 
 
-def make_moe(make_router=router, **kwargs):
+def make_moe(make_router=router, name=None, **kwargs):
     layer = MoeLayer(
         FeedForwardExperts(E, F, bias_initializer="random_normal"),
         make_router(E, bias_initializer="random_normal", **kwargs),
         **NOTHING_DROPS,
+        name=name,
     )
     layer.build((None, T, H))
     return layer
@@ -124,6 +133,21 @@ def test_an_expert_that_nobody_wants_can_go(x):
     pruned = select_experts(layer, [0, 2, 3])
     assert pruned.num_experts == pruned.router.num_experts == 3
     np.testing.assert_allclose(numpy_call(pruned, x), numpy_call(layer, x), atol=1e-6)
+
+
+def test_a_whole_model_is_pruned(x):
+    inputs = keras.Input((T, H))
+    hidden = keras.layers.Dense(H, name="before")(inputs)
+    layers = [make_moe(name=f"moe_{i}") for i in range(2)]
+    for layer in layers:
+        layer.router.router_weights.bias.assign([0.0, -100.0, 0.2, 0.1])
+        hidden = hidden + layer(hidden)
+    model = keras.Model(inputs, hidden)
+    pruned = swapped(model, MoeLayer, lambda moe: select_experts(moe, [0, 2, 3]))
+    assert pruned.count_params() < model.count_params()
+    np.testing.assert_allclose(
+        pruned.predict_on_batch(x), model.predict_on_batch(x), atol=1e-5
+    )
 
 
 def test_experts_in_another_order_answer_alike(x):

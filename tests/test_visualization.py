@@ -64,18 +64,31 @@ def test_a_routing_is_drawn(tokens, tmp_path):
         draw_routing(routing, labels=["a"])
 
 
-@pytest.mark.parametrize("experts", [2, 128])
-def test_loads_are_drawn(experts, tmp_path, rng):
+@pytest.mark.parametrize(
+    ("experts", "batches", "edges", "label"),
+    [
+        (2, [None] * 3, [-0.5, 0.5, 1.5, 2.5], "epoch"),
+        (128, [9, 19, 9], [0, 10, 20, 35], "training step"),
+    ],
+)
+def test_loads_are_drawn(experts, batches, edges, label, tmp_path, rng):
     records = [
-        {"layer": name, "batch": None, "load": rng.dirichlet(np.ones(experts))}
-        for _ in range(3)
+        {
+            "layer": name,
+            "batch": batch,
+            "step": step,
+            "load": rng.dirichlet(np.ones(experts)),
+        }
+        for batch, step in zip(batches, (10, 20, 35), strict=True)
         for name in ("block_0/moe", "block_1/moe")
     ]
     figure = draw_loads(records)
+    mesh = figure.axes[0].collections[0]
+    np.testing.assert_array_equal(mesh.get_coordinates()[0, :, 0], edges)
+    assert figure.axes[0].get_xlabel() == label
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[0] == "block_0/moe" and "now" in titles
-    heat_map = figure.axes[0].images[0].get_array()
-    np.testing.assert_allclose(heat_map[:, 0], experts * records[0]["load"])
+    np.testing.assert_allclose(mesh.get_array()[:, 0], experts * records[0]["load"])
     figure.savefig(tmp_path / "loads.png")
     assert imread(tmp_path / "loads.png").std() > 0.05
     with pytest.raises(ValueError, match="no record"):
