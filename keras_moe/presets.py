@@ -79,7 +79,7 @@ def mixtral(num_experts, d_ff, *, num_selected_experts=2, **kwargs):
     Reference:
         [Jiang et al., 2024](https://arxiv.org/abs/2401.04088), section 2.1.
     """
-    router = _normalized_choice(num_selected_experts, 0.02)
+    router = _choice(num_selected_experts, 0.02)
     return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
 
 
@@ -98,7 +98,27 @@ def qwen3_moe(num_experts, d_ff, *, num_selected_experts=8, **kwargs):
     Reference:
         [Qwen Team, 2025](https://arxiv.org/abs/2505.09388), section 2.
     """
-    router = _normalized_choice(num_selected_experts, 0.001)
+    router = _choice(num_selected_experts, 0.001)
+    return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
+
+
+def olmoe(num_experts, d_ff, *, num_selected_experts=8, **kwargs):
+    """OLMoE: eight narrow SwiGLU experts a token, not normalised, dropless.
+
+    Args:
+        num_experts: int; 64 in the released model.
+        d_ff: int.
+        num_selected_experts: int.
+        **kwargs: of `MoeLayer`; no capacity by default.
+
+    Returns:
+        A `MoeLayer`.
+
+    Reference:
+        [Muennighoff et al., 2024](https://arxiv.org/abs/2409.02060), section 2.
+    """
+    router = _choice(num_selected_experts, 0.01, normalize=False)
+    router["router_z_loss_weight"] = 0.001
     return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
 
 
@@ -160,15 +180,15 @@ def expert_choice(num_experts, d_ff, **kwargs):
     return _make(num_experts, d_ff, kind, {}, {}, _TWICE | kwargs)
 
 
-def _normalized_choice(k, loss_of_k):
-    """Softmax, the best `k`, and their weights divided by their sum.
+def _choice(k, loss_of_k, normalize=True):
+    """Softmax, the best `k`, and their weights divided by their sum or not.
 
     `loss_of_k` is the `router_aux_loss_coef` in the released models' configs,
     of a balance loss that is `k` at balance where ours is 1.
     """
     return {
         "num_selected_experts": k,
-        "normalize_weights": True,
+        "normalize_weights": normalize,
         "load_balancing_loss_weight": loss_of_k * k,
     }
 

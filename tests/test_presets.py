@@ -23,6 +23,7 @@ TABLE = {
     "gshard": (Top2MaskedRouter, None, (2.0, 2.0), False, "relu"),
     "mixtral": (MaskedRouter, 2, (None, None), True, "silu"),
     "qwen3_moe": (MaskedRouter, 8, (None, None), True, "silu"),
+    "olmoe": (MaskedRouter, 8, (None, None), True, "silu"),
     "deepseek_v3": (BiasBalancedMaskedRouter, 8, (None, None), True, "silu"),
     "expert_choice": (ExpertsChooseMaskedRouter, None, (2.0, 2.0), False, "gelu"),
 }

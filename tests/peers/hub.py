@@ -16,23 +16,26 @@ from weights import take_over
 
 from keras_moe import presets
 
-MODULE = "keras_hub.src.models.qwen3_moe.qwen3_moe_decoder"
+MODELS = "keras_hub.src.models"
 OTHERS = "keras_hub.src.layers.modeling", "keras_hub.src.utils"
 
 
-def load():
+def block_class(model):
+    """The block of `"mixtral"`, `"qwen_moe"` or `"qwen3_moe"`."""
     root = importlib.metadata.distribution("keras-hub").locate_file("")
-    for name in (MODULE.rpartition(".")[0], *OTHERS):
+    for name in (f"{MODELS}.{model}", *OTHERS):
         while name:
             package = sys.modules.setdefault(name, types.ModuleType(name))
             package.__path__ = [str(root / name.replace(".", "/"))]
             name = name.rpartition(".")[0]
-    return importlib.import_module(MODULE)
+    module = importlib.import_module(f"{MODELS}.{model}.{model}_decoder")
+    prefix = model.removesuffix("_moe").capitalize()
+    return getattr(module, f"{prefix}SparseMoeBlock")
 
 
 def pair(num_experts, hidden, d_ff, k):
     """`(block, layer)`, where the block's balance loss has weight 1."""
-    block = load().Qwen3SparseMoeBlock(
+    block = block_class("qwen3_moe")(
         hidden, d_ff, num_experts, k, True, router_aux_loss_coefficient=1.0
     )
     block.build((None, None, hidden))
