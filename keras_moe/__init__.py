@@ -9,7 +9,8 @@ and einsums:
     a  assignments: rows, one for each choice of a token
 """
 
-from keras_moe import callbacks, losses, presets
+from keras_moe import callbacks, convert, losses, presets
+from keras_moe.acceleration import accelerate
 from keras_moe.backbone import MoeLayerWithBackbone
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
 from keras_moe.gate import Gate
@@ -50,7 +51,9 @@ __all__ = [
     "SoftMoeLayer",
     "TokensChooseRouter",
     "Top2MaskedRouter",
+    "accelerate",
     "callbacks",
+    "convert",
     "losses",
     "presets",
     "select_experts",

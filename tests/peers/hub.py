@@ -1,14 +1,6 @@
-"""keras-hub's Qwen3-MoE block, and our layer with its weights.
-
-The block's module is imported without the packages that hold it: their
-`__init__` would import all of keras-hub, with dependencies that the MoE blocks
-do not use.
-"""
+"""keras-hub's MoE blocks, and our layer with the weights of Qwen3-MoE's."""
 
 import importlib
-import importlib.metadata
-import sys
-import types
 
 import numpy as np
 from keras import ops
@@ -16,21 +8,12 @@ from weights import take_over
 
 from keras_moe import presets
 
-MODELS = "keras_hub.src.models"
-OTHERS = "keras_hub.src.layers.modeling", "keras_hub.src.utils"
-
 
 def block_class(model):
-    """The block of `"mixtral"`, `"qwen_moe"` or `"qwen3_moe"`."""
-    root = importlib.metadata.distribution("keras-hub").locate_file("")
-    for name in (f"{MODELS}.{model}", *OTHERS):
-        while name:
-            package = sys.modules.setdefault(name, types.ModuleType(name))
-            package.__path__ = [str(root / name.replace(".", "/"))]
-            name = name.rpartition(".")[0]
-    module = importlib.import_module(f"{MODELS}.{model}.{model}_decoder")
-    prefix = model.removesuffix("_moe").capitalize()
-    return getattr(module, f"{prefix}SparseMoeBlock")
+    """The block of `"mixtral"`, `"qwen_moe"`, `"qwen3_moe"` or `"qwen3_5_moe"`."""
+    module = importlib.import_module(f"keras_hub.src.models.{model}.{model}_decoder")
+    (name,) = (name for name in vars(module) if name.endswith("SparseMoeBlock"))
+    return getattr(module, name)
 
 
 def pair(num_experts, hidden, d_ff, k):
