@@ -28,8 +28,8 @@ AXES = {
     "experts": [Point(experts=n) for n in (8, 32, 256)],
     "examples": [Point(examples=n) for n in (2, 16, 128)],
     "group": [Point(examples=32, group=n) for n in (1, 32)],
-    "k": [Point(k=n) for n in (1, 2, 8)],
-    "width": [Point(width=n) for n in (128, 256, 512)],
+    "k": [Point(k=n) for n in (2, 8)],
+    "width": [Point(width=n) for n in (256, 512)],
     "share": [Point(k=1, share=n) for n in (0.125, 1.0)],
 }
 # Where the time goes.

@@ -11,9 +11,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A block fenced as "python no-run" is not run, one fenced as "python jax" on JAX
-# only. A block fenced as "text" that follows a run one is what that one prints.
+# only, one fenced as "python peers" by `tests/peers`. A block fenced as "text" that
+# follows a run one is what that one prints.
 EXAMPLE = re.compile(
-    rf"^```python( {keras.backend.backend()})?\n"
+    r"^```python(?: (?P<where>[\w-]+))?\n"
     r"(?P<code>.*?)^```\n(?:\n```text\n(?P<output>.*?)^```\n)?",
     re.MULTILINE | re.DOTALL,
 )
@@ -25,12 +26,22 @@ each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 
 @each_file
 def test_the_examples_run(file, tmp_path, monkeypatch):
-    """The examples of a file are one program, run in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    count = run_examples(file)
+    assert count or file.name == "performance.md"
+
+
+def run_examples(file, *also):
+    """Runs the examples of a file as one program; returns how many there are.
+
+    Args:
+        file: a path.
+        *also: what may stand behind "python", besides the backend.
+    """
     text = file.read_text(encoding="utf-8")
     names = {"__name__": "__main__"}
-    examples = list(EXAMPLE.finditer(text))
-    assert examples or file.name == "performance.md"
+    where = (None, keras.backend.backend(), *also)
+    examples = [x for x in EXAMPLE.finditer(text) if x["where"] in where]
     for example in examples:
         # Errors then show the line of the file.
         lines_before = "\n" * text.count("\n", 0, example.start("code"))
@@ -40,6 +51,7 @@ def test_the_examples_run(file, tmp_path, monkeypatch):
             exec(code, names)
         if example["output"] is not None:
             assert printed.getvalue() == example["output"]
+    return len(examples)
 
 
 @each_file
