@@ -12,7 +12,7 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"
 
-.PHONY: help demo examples test test-all test-peers peers lint bench clean
+.PHONY: help demo examples test test-all test-peers peers lint bench docs clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
+	@echo "make docs        the documentation as a site, in site/"
 
 demo: .venv/with-$(KERAS_BACKEND) .venv/with-plots
 	$(bin)/python examples/char_lm.py $(DEMO)
@@ -40,8 +41,10 @@ test-all: .venv/with-onnx
 	$(MAKE) test select= KERAS_BACKEND=torch
 	$(bin)/python -m pytest --quiet tests/cross
 
-test-peers: .venv/with-tensorflow .venv/with-test peers
+test-peers: .venv/with-tensorflow .venv/with-jax .venv/with-test peers
 	$(bin)/python -m pytest --quiet tests/peers
+	KERAS_BACKEND=jax $(bin)/python -m pytest --quiet tests/peers/test_acceleration.py
+	KERAS_BACKEND=torch $(bin)/python -m pytest --quiet tests/peers/test_acceleration.py
 
 # Some without their many dependencies, of which their MoE layers use none.
 peers: .venv/with-torch .venv/with-peers
@@ -56,6 +59,9 @@ bench: .venv/with-tensorflow .venv/with-jax .venv/with-plots peers
 	KERAS_BACKEND=jax $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=torch $(bin)/python benchmarks/bench.py
 	$(bin)/python benchmarks/report.py
+
+docs: .venv/with-docs
+	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build
 
 clean:
 	rm -rf .venv
