@@ -12,7 +12,7 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"
 
-.PHONY: help demo examples test test-all test-peers peers lint bench docs clean
+.PHONY: help demo examples test test-all test-peers peers lint bench bench-hub docs clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
+	@echo "make bench-hub   models of keras-hub, as they are and accelerated"
 	@echo "make docs        the documentation as a site, in site/"
 
 demo: .venv/with-$(KERAS_BACKEND) .venv/with-plots
@@ -58,6 +59,12 @@ bench: .venv/with-tensorflow .venv/with-jax .venv/with-plots peers
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=jax $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=torch $(bin)/python benchmarks/bench.py
+	$(bin)/python benchmarks/report.py
+
+bench-hub: .venv/with-tensorflow .venv/with-jax .venv/with-plots peers
+	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/acceleration.py
+	KERAS_BACKEND=jax $(bin)/python benchmarks/acceleration.py
+	KERAS_BACKEND=torch $(bin)/python benchmarks/acceleration.py
 	$(bin)/python benchmarks/report.py
 
 docs: .venv/with-docs

@@ -33,7 +33,8 @@ AXES = {
     "share": [Point(k=1, share=n) for n in (0.125, 1.0)],
 }
 # Where the time goes.
-PARTS = [Point(experts=8), Point(experts=64), Point(width=1024)]
+# In the wide layer with fewer tokens, as shares are what it is for.
+PARTS = [Point(experts=8), Point(experts=64), Point(width=1024, examples=2)]
 # One token, k = 2: the forward pass of a model that writes.
 DECODING = [Point(experts=n, examples=1, length=1) for n in (8, 64, 256)]
 

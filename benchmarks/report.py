@@ -1,8 +1,9 @@
-"""Tables and pictures of what `bench.py` measured.
+"""Tables and pictures of what `bench.py` and `acceleration.py` measured.
 
     python benchmarks/report.py [docs/benchmarks]
 
-reads `<backend>.json` and writes `tables.md`, `base.png` and `axes.png` there.
+reads `<backend>.json` and `<backend>_accelerated.json`, and writes `tables.md`,
+`base.png` and `axes.png` there.
 """
 
 import json
@@ -33,7 +34,11 @@ def main():
         for backend in BACKENDS
         if (folder / f"{backend}.json").exists()
     }
-    parts = [base_table, parts_table, peers_table, axes_table, decoding_table, machines]
+    for backend, result in results.items():
+        file = folder / f"{backend}_accelerated.json"
+        result["accelerated"] = json.loads(file.read_text()) if file.exists() else {}
+    parts = [base_table, parts_table, peers_table, accelerated_table]
+    parts += [axes_table, decoding_table, machines]
     (folder / "tables.md").write_text(
         "# Measurements\n\nWritten by `make bench`; "
         "[Performance](../performance.md) explains them.\n\n"
@@ -145,6 +150,32 @@ def parts_table(results):
 def over_dense(point, name):
     timed, dense = point[name]["step"], point["dense"]["step"]
     return f"{median(timed):.0f}: {ratio(timed, dense)[1]:.2f}"
+
+
+def accelerated_table(results):
+    yield "## Models of keras-hub, accelerated"
+    yield ""
+    yield "Two layers, h 256, four texts of 256 tokens; `generate` writes 32 more after"
+    yield "224. Times of the model as it is over those after `accelerate`; the largest"
+    yield "difference of their logits; and whether they wrote the same text."
+    yield ""
+    yield from table(
+        ("", "on", "difference", "same text", "forward", "step", "generate"),
+        (
+            (
+                name,
+                BACKENDS[backend],
+                f"{x['difference']:.0e}",
+                "yes" if x["same_text"] else "no",
+                *(
+                    with_spread(x["plain"][kind], x["accelerated"][kind])
+                    for kind in ("forward", "step", "generate")
+                ),
+            )
+            for backend, result in results.items()
+            for name, x in result["accelerated"].items()
+        ),
+    )
 
 
 def axes_table(results):
