@@ -14,7 +14,7 @@ from subjects import Point
 
 import keras_moe
 
-STEPS, ROUNDS = 20, 7
+STEPS, ROUNDS = 10, 5
 # `export_metrics`, and the arguments of a monitor.
 WAYS = {
     "no metrics": (False, None),
