@@ -105,7 +105,7 @@ def at(point, axis, kinds=("step",)):
 @functools.cache
 def times_at(point, kinds):
     """Once for a point that lies on several axes."""
-    return measure(point.models(), kinds, rounds=5, seconds=3.0)
+    return measure(point.models(), kinds, rounds=4, seconds=3.0)
 
 
 def parts(point):
