@@ -115,13 +115,14 @@ def _call(
     logits = gate(tokens)
     probs = ops.softmax(ops.cast(logits, "float32"), axis=-1)
     k, normalize = block.top_k, getattr(block, "norm_top_k_prob", True)
-    routing = place(top_k(probs, k, normalize), probs, None)
+    selection = top_k(probs, k, normalize)
+    routing = place(selection, probs, None)
     results = _experts(block.expert_bank, dispatch(tokens, routing), routing)
     outputs = combine(results, routing)
     if shared is not None:
         outputs = outputs + shared(tokens) * ops.sigmoid(shared_gate(tokens))
     if training:
-        block.add_loss(_weight(block) * _balance_loss(probs, k, attention_mask))
+        block.add_loss(_weight(block) * _balance_loss(selection, probs, attention_mask))
     logits = ops.reshape(logits, (-1, block.num_experts))
     return ops.reshape(outputs, shape), logits
 
@@ -143,13 +144,16 @@ def _experts(bank, rows, routing):
     return dense(activation(gate) * inner, "output")
 
 
-def _balance_loss(probs, k, attention_mask):
+def _balance_loss(selection, probs, attention_mask):
     """That of the tokens that are no padding: of `[b, s]`, or `[b, s, s]`."""
     if attention_mask is not None:
         mask = ops.cast(attention_mask, "bool")
         mask = ops.any(mask, axis=-1) if len(mask.shape) == 3 else mask
-        probs = ops.where(ops.reshape(mask, (1, -1, 1)), probs, 0.0)
-    load = wanted_load(top_k(probs, k), probs.shape[-1])
+        mask = ops.reshape(mask, (1, -1, 1))
+        probs = ops.where(mask, probs, 0.0)
+        index = ops.where(mask, selection.expert_index, -1)
+        selection = selection._replace(expert_index=index)
+    load = wanted_load(selection, probs.shape[-1])
     return losses.load_balancing_loss(probs, load)
 
 
