@@ -3,10 +3,8 @@
 import importlib
 
 import numpy as np
-from keras import ops
-from weights import take_over
 
-from keras_moe import presets
+from keras_moe import convert, presets
 
 
 def block_class(model):
@@ -26,13 +24,12 @@ def pair(num_experts, hidden, d_ff, k):
         num_experts, d_ff, num_selected_experts=k, examples_per_group=None
     )
     layer.build((None, None, hidden))
-    arrays = [ops.convert_to_numpy(w) for w in block.trainable_variables]
-    take_over(layer, by_path(arrays))
+    convert.load_weights(layer, block, "keras_hub_qwen3_moe")
     return block, layer
 
 
 def by_path(arrays):
-    """The block's weights, or their gradients, by the paths of our weights."""
+    """The gradients of the block's weights by the paths of ours."""
     router, gate_and_inner, output = arrays
     # The kernels of gate and inner layer lie side by side.
     gate, inner = np.split(gate_and_inner, 2, axis=-1)

@@ -3,9 +3,8 @@
 import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
-from weights import take_over
 
-from keras_moe import presets
+from keras_moe import convert, presets
 
 
 def pair(num_experts, hidden, d_ff, k, implementation="eager"):
@@ -33,7 +32,7 @@ def pair(num_experts, hidden, d_ff, k, implementation="eager"):
         num_experts, d_ff, num_selected_experts=k, examples_per_group=None
     )
     layer.build((None, None, hidden))
-    take_over(layer, by_path(block, lambda parameter: parameter))
+    convert.load_weights(layer, block, "mixtral")
     return block, layer
 
 

@@ -2,9 +2,9 @@
 
 import torch
 from mixture_of_experts import MoE
-from weights import take_over
 
 from keras_moe import FeedForwardExperts, MoeLayer, Top2MaskedRouter
+from keras_moe.convert import load_weights
 
 
 def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluation=2.0):
@@ -46,12 +46,7 @@ def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluatio
         name="moe",
     )
     ours.build((None, None, hidden))
-    values = {
-        "router/router_weights/kernel": theirs.gate.w_gating,
-        "experts/intermediate/kernel": theirs.experts.w1,
-        "experts/output/kernel": theirs.experts.w2,
-    }
-    take_over(ours, {path: x.detach().numpy() for path, x in values.items()})
+    load_weights(ours, theirs, "lucidrains")
     return theirs, ours
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from lucidrains import pair, strengthen
 from mixture_of_experts import HeirarchicalMoE
-from weights import take_over
 
 from keras_moe import FeedForwardExperts, HierarchicalMoeLayer, Top2MaskedRouter
+from keras_moe.convert import load_weights
 
 H, E, F = 8, 4, 16
 
@@ -95,11 +95,5 @@ def test_two_levels(policy, training, outer, inner):
         name="moe",
     )
     ours.build((None, None, H))
-    values = {
-        "outer/router_weights/kernel": theirs.gate_outer.w_gating,
-        "inner/router_weights/kernel": theirs.gate_inner.w_gating,
-        "experts/intermediate/kernel": theirs.experts.w1.reshape(-1, H, F),
-        "experts/output/kernel": theirs.experts.w2.reshape(-1, F, H),
-    }
-    take_over(ours, {path: x.detach().numpy() for path, x in values.items()})
+    load_weights(ours, theirs, "lucidrains")
     check_outputs_and_loss(ours, theirs, 64, training)

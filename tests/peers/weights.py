@@ -1,12 +1,6 @@
-"""Their weights, or the gradients of these, by the paths of ours."""
+"""Gradients of their weights beside those of ours."""
 
 import numpy as np
-
-
-def take_over(layer, values):
-    """Gives every weight that is trained its value, by path below the layer."""
-    for w in layer.trainable_weights:
-        w.assign(values[_path(w)])
 
 
 def compare_gradients(layer, found, expected):
