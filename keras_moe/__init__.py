@@ -9,7 +9,7 @@ and einsums:
     a  assignments: rows, one for each choice of a token
 """
 
-from keras_moe import callbacks, convert, losses, presets
+from keras_moe import callbacks, convert, distribution, losses, presets
 from keras_moe.acceleration import accelerate
 from keras_moe.backbone import MoeLayerWithBackbone
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
@@ -54,6 +54,7 @@ __all__ = [
     "accelerate",
     "callbacks",
     "convert",
+    "distribution",
     "losses",
     "presets",
     "select_experts",

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_moe import checks
 from keras_moe.dispatch import combine, dispatch
+from keras_moe.distribution import from_experts, to_experts
 from keras_moe.grouping import group, ungroup
 from keras_moe.routing import row_arguments
 from keras_moe.serialization import with_parts
@@ -87,8 +88,9 @@ class BaseMoeLayer(keras.layers.Layer):
     def call(self, inputs, mask=None, training=None, return_routing=False):
         tokens, mask = self._group(inputs, mask)
         routing = self.decide(tokens, mask, training)
-        buffers = dispatch(tokens, routing)
+        buffers = to_experts(dispatch(tokens, routing), self.experts)
         results = self.experts(buffers, **row_arguments(routing))
+        results = from_experts(results, self.experts)
         outputs = ops.cast(combine(results, routing), self.compute_dtype)
         outputs = ungroup(outputs, inputs, self.examples_per_group)
         return (outputs, routing) if return_routing else outputs

@@ -24,12 +24,14 @@ def dispatch(tokens, routing):
     """
     check_routing(routing)
     groups, t, hidden = ops.shape(tokens)
-    rows = ops.reshape(tokens, (groups * t, hidden))
     if isinstance(routing, Rows):
-        return gather_rows(rows, routing.token_index)
+        parts, rows = ops.shape(routing.token_index)
+        tokens = ops.reshape(tokens, (parts, groups * t // parts, hidden))
+        rows_of_parts = gather_rows(tokens, routing.token_index)
+        return ops.reshape(rows_of_parts, (parts * rows, hidden))
     if isinstance(routing, Slots):
         _, experts, capacity = ops.shape(routing.token_index)
-        buffers = gather_rows(rows, _expert_major(routing.flat_token_index))
+        buffers = gather_rows(tokens, _expert_major(routing.token_index))
     else:
         _, _, experts, capacity = ops.shape(routing.dispatch_mask)
         mask = ops.cast(routing.dispatch_mask, tokens.dtype)
@@ -54,15 +56,14 @@ def combine(outputs, routing):
     dtype = outputs.dtype
     outputs = ops.cast(outputs, keras.backend.result_type(dtype, "float32"))
     if isinstance(routing, Rows):
-        results = _add_up(outputs, routing.weight, routing.token_index, routing.probs)
+        groups, t, _ = ops.shape(routing.probs)
+        parts, _ = ops.shape(routing.token_index)
+        n = groups * t // parts
+        results = _add_up(outputs, routing.weight, routing.token_index, n)
+        results = ops.reshape(results, (groups, t, ops.shape(outputs)[-1]))
     elif isinstance(routing, Slots):
-        _, experts, slots, hidden = ops.shape(outputs)
-        results = _add_up(
-            ops.reshape(outputs, (experts * slots, hidden)),
-            _expert_major(routing.weight),
-            _expert_major(routing.flat_token_index),
-            routing.probs,
-        )
+        weight, index = map(_expert_major, (routing.weight, routing.token_index))
+        results = _add_up(outputs, weight, index, ops.shape(routing.probs)[1])
     else:
         _, experts, _, hidden = ops.shape(outputs)
         groups, _, _, capacity = ops.shape(routing.combine_array)
@@ -72,14 +73,13 @@ def combine(outputs, routing):
     return ops.cast(results, dtype)
 
 
-def _add_up(rows, weight, token_index, probs):
-    """Weighted rows `[r, h]`, added to their tokens: `[g, t, h]`."""
-    groups, t, _ = ops.shape(probs)
+def _add_up(rows, weight, token_index, num_tokens):
+    """Rows `[..., h]`, weighted and added to their tokens: `[g, num_tokens, h]`."""
+    rows = ops.reshape(rows, (*ops.shape(token_index), ops.shape(rows)[-1]))
     rows = rows * ops.cast(ops.expand_dims(weight, -1), rows.dtype)
-    results = scatter_add_rows(rows, token_index, groups * t)
-    return ops.reshape(results, (groups, t, ops.shape(rows)[1]))
+    return scatter_add_rows(rows, token_index, num_tokens)
 
 
 def _expert_major(x):
-    """`[g, e, c]` to `[e·g·c]`, the order of the buffers."""
-    return ops.reshape(ops.transpose(x, (1, 0, 2)), (-1,))
+    """`[g, e, c]` to `[e, g, c]`, the order of the buffers."""
+    return ops.transpose(x, (1, 0, 2))

@@ -143,6 +143,8 @@ def running_sums(shape, name):
         trainable=False,
         autocast=False,
         aggregation="sum",
+        # Else a replica waits here for the others, and loses losses added before.
+        synchronization="on_read",
         name=name,
     )
 
@@ -210,7 +212,8 @@ class _RunningMeans:
         columns = ops.convert_to_tensor([self._columns[name] for name in values])
         sums = ops.stack([_scalar(*value) for value in values.items()])
         counted = ops.stop_gradient(ops.stack([sums, ops.ones_like(sums)], axis=-1))
-        self.state.assign_add(scatter_add_rows(counted, columns, self.room))
+        sums = scatter_add_rows(counted[None], columns[None], self.room)
+        self.state.assign_add(sums[0])
         # A JAX step asks for results before the variable has its new value;
         # this is that value, for as long as the step is being traced.
         if CARRIES_STATE:

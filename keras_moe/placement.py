@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from keras_moe.kernels import argsort, scatter_add_rows, take
+from keras_moe.kernels import argsort, gather_rows, row_parts, scatter_add_rows
 from keras_moe.routing import Rows, Slots
 from keras_moe.selection import finite, valid_tokens
 
@@ -53,7 +53,7 @@ def place(selection, probs, expert_capacity, priority="choice"):
     start = masked + ops.cumsum(counts, axis=-1) - counts
     slot = ops.arange(expert_capacity, dtype="int32")
     filled = slot < ops.expand_dims(counts, -1)  # g e c
-    rank = ops.where(filled, ops.expand_dims(start, -1) + slot, 0)
+    rank = ops.where(filled, ops.expand_dims(start, -1) + slot, -1)
     place_in_row = _take(order, rank)
     if priority == "token":
         token, choice = place_in_row // k, place_in_row % k
@@ -64,7 +64,7 @@ def place(selection, probs, expert_capacity, priority="choice"):
     weight = ops.reshape(selection.weight, (groups, tokens * k))
     return Slots(
         token_index=ops.where(filled, token, -1),
-        weight=ops.where(filled, _take(weight, token * k + choice), 0.0),
+        weight=_take(weight, ops.where(filled, token * k + choice, -1)),
         probs=probs,
         load=_shares(counts),
     )
@@ -72,17 +72,28 @@ def place(selection, probs, expert_capacity, priority="choice"):
 
 def _place_all(selection, probs):
     groups, tokens, k = ops.shape(selection.expert_index)
+    experts = probs.shape[-1]
     wanted = ops.reshape(selection.expert_index, (groups, tokens * k))
-    counts = _counts(wanted, probs.shape[-1])  # g e
-    wanted = ops.reshape(wanted, (-1,))
-    nobody = wanted < 0
-    order = argsort(ops.where(nobody, probs.shape[-1], wanted))
-    nobody = take(nobody, order)
-    weight = take(ops.reshape(selection.weight, (-1,)), order)
+    counts = _counts(wanted, experts)  # g e
+    # Each part of the groups is sorted by itself, for each share of the experts.
+    parts, shares = row_parts(groups, experts)
+    share = ops.expand_dims(ops.arange(shares, dtype="int32"), -1)
+    per_share = experts // shares
+    sizes = ops.reshape(counts, (parts, 1, groups // parts, experts))
+    is_here = ops.arange(experts, dtype="int32") // per_share == share
+    sizes = ops.where(is_here, ops.sum(sizes, axis=2), 0)  # parts shares e
+    rows = groups // parts * tokens * k
+    wanted = ops.reshape(wanted, (parts, 1, rows))
+    is_here = ops.logical_and(wanted >= 0, wanted // per_share == share)
+    order = argsort(ops.where(is_here, wanted, experts))  # parts shares rows
+    filled = ops.arange(rows, dtype="int32") < ops.sum(sizes, axis=-1, keepdims=True)
+    order = ops.where(filled, ops.cast(order, "int32"), -1)
+    order = ops.reshape(order, (parts, shares * rows))
+    weight = ops.reshape(selection.weight, (parts, rows))
     return Rows(
-        token_index=ops.where(nobody, -1, ops.cast(order // k, "int32")),
-        weight=ops.where(nobody, 0.0, weight),
-        group_sizes=ops.sum(counts, axis=0),
+        token_index=ops.where(order >= 0, order // k, -1),
+        weight=gather_rows(weight, order),
+        group_sizes=ops.reshape(sizes, (-1,)),
         probs=probs,
         load=_shares(counts),
     )
@@ -152,22 +163,16 @@ def experts_choose(probs, expert_capacity):
 
 
 def _take(row, index):
-    """`row[g, index[g, e, c]]`."""
-    groups, length = ops.shape(row)
-    first = ops.arange(groups, dtype="int32") * length
-    flat = ops.cast(index, "int32") + ops.reshape(first, (groups, 1, 1))
-    taken = take(ops.reshape(row, (-1,)), ops.reshape(flat, (-1,)))
-    return ops.reshape(taken, ops.shape(index))
+    """`row[g, index[g, e, c]]`, 0 for -1."""
+    groups, experts, capacity = ops.shape(index)
+    taken = gather_rows(row, ops.reshape(index, (groups, experts * capacity)))
+    return ops.reshape(taken, (groups, experts, capacity))
 
 
 def _counts(index, num_experts):
     """How often each expert stands in each row: `[g, n]` to int32 `[g, e]`."""
-    groups, length = ops.shape(index)
-    first = ops.expand_dims(ops.arange(groups, dtype="int32") * num_experts, -1)
-    flat = ops.reshape(ops.where(index >= 0, first + index, -1), (-1,))
-    ones = ops.ones((groups * length,), dtype="float32")
-    counts = scatter_add_rows(ones, flat, groups * num_experts)
-    return ops.cast(ops.reshape(counts, (groups, num_experts)), "int32")
+    ones = ops.ones(ops.shape(index), dtype="float32")
+    return ops.cast(scatter_add_rows(ones, index, num_experts), "int32")
 
 
 def _shares(counts):

@@ -54,14 +54,10 @@ class Slots(NamedTuple):
     @property
     def slots_per_token(self):
         """float32 `[g, t]`: in how many slots each token sits."""
-        return _count_tokens(ops.reshape(self.flat_token_index, (-1,)), self.probs)
-
-    @property
-    def flat_token_index(self):
-        """int32 `[g, e, c]`: the token's index among all groups, -1 for none."""
-        groups, tokens = ops.shape(self.probs)[:2]
-        first = ops.reshape(ops.arange(groups, dtype="int32") * tokens, (-1, 1, 1))
-        return ops.where(self.token_index >= 0, first + self.token_index, -1)
+        groups, experts, capacity = ops.shape(self.token_index)
+        index = ops.reshape(self.token_index, (groups, experts * capacity))
+        ones = ops.ones_like(index, dtype="float32")
+        return scatter_add_rows(ones, index, ops.shape(self.probs)[1])
 
 
 class Rows(NamedTuple):
@@ -70,10 +66,15 @@ class Rows(NamedTuple):
     Every choice of a token is a row, so that nothing is dropped and nothing
     filled up: `a = g · t · k` rows, those of masked tokens last.
 
+    All is one part, unless the batch is spread over devices by
+    `keras.distribution`. Then each device has its own rows: there are as many
+    parts `p` as the batch has, in each the rows of every share of the experts
+    one after the other, and `group_sizes` of every part and share.
+
     Attributes:
-        token_index: int32 `[a]`, the row's token, counted through all groups;
-            -1 for a masked token or a choice of no expert.
-        weight: float32 `[a]`, the weight with which the row's output goes home
+        token_index: int32 `[p, a]`, the row's token, counted through all groups
+            of the part; -1 for a masked token or a choice of no expert.
+        weight: float32 `[p, a]`, the weight with which the row's output goes home
             to its token; 0 where `token_index` is -1.
         group_sizes: int32 `[e]`, how many rows each expert has.
         probs: as of `Slots`.
@@ -88,18 +89,23 @@ class Rows(NamedTuple):
 
     @property
     def assignments(self):
-        """float32 `[a]`: 1 for a row with a token, 0 for one without."""
+        """float32 `[p, a]`: 1 for a row with a token, 0 for one without."""
         return ops.cast(self.token_index >= 0, "float32")
 
     @property
     def expert_usage(self):
         """float32 scalar: the share of experts with at least one token."""
-        return _mean(ops.cast(self.group_sizes > 0, "float32"))
+        sizes = ops.reshape(self.group_sizes, (-1, self.probs.shape[-1]))
+        return _mean(ops.cast(ops.any(sizes > 0, axis=0), "float32"))
 
     @property
     def slots_per_token(self):
         """float32 `[g, t]`: to how many experts each token goes."""
-        return _count_tokens(self.token_index, self.probs)
+        groups, tokens = ops.shape(self.probs)[:2]
+        ones = ops.ones_like(self.token_index, dtype="float32")
+        in_part = groups * tokens // ops.shape(ones)[0]
+        counts = scatter_add_rows(ones, self.token_index, in_part)
+        return ops.reshape(counts, (groups, tokens))
 
 
 class RouterMask(NamedTuple):
@@ -168,14 +174,6 @@ def expert_load(routing):
 def _mean(x):
     """The mean, 0 of nothing."""
     return ops.sum(x) / ops.maximum(ops.sum(ops.ones_like(x)), 1.0)
-
-
-def _count_tokens(flat_token_index, probs):
-    """float32 `[g, t]`: how often each token stands in an index `[r]`."""
-    groups, tokens = ops.shape(probs)[:2]
-    ones = ops.ones_like(flat_token_index, dtype="float32")
-    counts = scatter_add_rows(ones, flat_token_index, groups * tokens)
-    return ops.reshape(counts, (groups, tokens))
 
 
 def check_routing(routing):

@@ -32,11 +32,10 @@ def token_weights(routing):
     )
     groups, tokens, experts = probs.shape
     if isinstance(routing, Rows):
+        parts = len(token)
         group, token = np.divmod(token, tokens)
-        sizes = ops.convert_to_numpy(routing.group_sizes)
-        # Rows of no expert come last, with weight 0.
-        expert = np.repeat(np.arange(experts), sizes)
-        expert = np.pad(expert, (0, len(token) - len(expert)))
+        group = np.arange(parts)[:, None] * (groups // parts) + group
+        expert = _expert_of_rows(routing, experts).reshape(token.shape)
     else:
         group = np.arange(groups)[:, None, None]
         expert = np.arange(experts)[:, None]
@@ -44,6 +43,14 @@ def token_weights(routing):
     result = np.zeros((groups, tokens, experts), "float32")
     np.add.at(result, (*np.broadcast_arrays(group, token, expert),), weight)
     return result
+
+
+def _expert_of_rows(routing, experts):
+    """numpy `[p·a]`: each row's expert; what comes last, of none, has weight 0."""
+    sizes = ops.convert_to_numpy(routing.group_sizes).reshape(-1, experts)
+    rows = np.size(ops.convert_to_numpy(routing.token_index)) // len(sizes)
+    expert = [np.repeat(np.arange(experts), n) for n in sizes]
+    return np.concatenate([np.pad(x, (0, rows - len(x))) for x in expert])
 
 
 def draw_routing(routing, labels=None, group=0):

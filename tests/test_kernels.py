@@ -9,29 +9,35 @@ from keras import ops
 from keras_moe import kernels
 from keras_moe.kernels import plain
 
-INDEX = np.array([3, -1, 0, 3, -1], "int32")
+# Two groups.
+INDEX = np.array([[2, -1, 0], [2, 2, -1]], "int32")
 
 
 def test_gather_rows_a_table():
-    x = ops.convert_to_tensor(np.array([[1.0], [2.0], [3.0], [4.0]], "float32"))
+    x = np.array([[[1], [2], [3]], [[4], [5], [6]]], "float32")
     for gather in (kernels.gather_rows, plain.gather_rows):
-        rows = ops.convert_to_numpy(gather(x, ops.convert_to_tensor(INDEX)))
-        np.testing.assert_array_equal(rows, [[4], [0], [1], [4], [0]])
+        rows = gather(ops.convert_to_tensor(x), ops.convert_to_tensor(INDEX))
+        rows = ops.convert_to_numpy(rows)
+        np.testing.assert_array_equal(rows, [[[3], [0], [1]], [[6], [6], [0]]])
 
 
 def test_scatter_add_rows_a_table():
-    rows = ops.convert_to_tensor(np.array([[1], [2], [4], [8], [16]], "float32"))
+    rows = np.array([[[1], [2], [4]], [[8], [16], [32]]], "float32")
     for scatter in (kernels.scatter_add_rows, plain.scatter_add_rows):
-        result = ops.convert_to_numpy(scatter(rows, ops.convert_to_tensor(INDEX), 5))
-        np.testing.assert_array_equal(result, [[4], [0], [0], [9], [0]])
+        sums = scatter(ops.convert_to_tensor(rows), ops.convert_to_tensor(INDEX), 4)
+        sums = ops.convert_to_numpy(sums)
+        np.testing.assert_array_equal(
+            sums, [[[4], [0], [1], [0]], [[0], [0], [24], [0]]]
+        )
 
 
-@pytest.mark.parametrize("rows", [0, 1, 50])
-def test_the_backend_s_kernels_equal_the_plain_ones(rows, rng):
-    n, h = 20, 3
-    index = ops.convert_to_tensor(rng.integers(-1, n, size=rows).astype("int32"))
-    x = rng.normal(size=(n, h)).astype("float32")
-    y = rng.normal(size=(rows, h)).astype("float32")
+@pytest.mark.parametrize("width", [(), (3,)])
+@pytest.mark.parametrize("shape", [(1, 0), (1, 1), (3, 50), (4, 3, 5)])
+def test_the_backend_s_kernels_equal_the_plain_ones(shape, width, rng):
+    n, groups = 20, shape[-2]
+    index = ops.convert_to_tensor(rng.integers(-1, n, size=shape).astype("int32"))
+    x = rng.normal(size=(groups, n, *width)).astype("float32")
+    y = rng.normal(size=(*shape, *width)).astype("float32")
 
     def gathered(gather):
         return lambda x, y: ops.sum(ops.square(gather(x, index) + y))
@@ -51,12 +57,12 @@ def test_the_backend_s_kernels_equal_the_plain_ones(rows, rng):
 
 
 def test_nan_rows_stay_where_they_are():
-    x = ops.convert_to_tensor(np.array([[np.nan], [1.0]], "float32"))
-    index = ops.convert_to_tensor(np.array([-1, 1], "int32"))
+    x = ops.convert_to_tensor(np.array([[[np.nan], [1.0]]], "float32"))
+    index = ops.convert_to_tensor(np.array([[-1, 1]], "int32"))
     rows = ops.convert_to_numpy(kernels.gather_rows(x, index))
-    np.testing.assert_array_equal(rows, [[0], [1]])
+    np.testing.assert_array_equal(rows, [[[0], [1]]])
     result = ops.convert_to_numpy(kernels.scatter_add_rows(x, index, 2))
-    np.testing.assert_array_equal(result, [[0], [1]])
+    np.testing.assert_array_equal(result, [[[0], [1]]])
 
 
 def test_grouped_dense_a_table():
@@ -162,8 +168,10 @@ def test_ragged_dot_for_gpus_and_tpus():
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's")
 def test_grouped_mm_for_gpus():
-    from keras_moe.kernels.torch import by_grouped_mm
+    from keras_moe.kernels.torch import HAS_GROUPED_MM, by_grouped_mm
 
+    if not HAS_GROUPED_MM:
+        pytest.skip("This PyTorch has none.")
     # In rows and columns of 16 bytes, as it must be.
     for case in (([3, 0, 40, 1], 2, 8, 4, True, 0), ([0, 0], 4, 4, 8, False, 0)):
         check_against_the_twin(by_grouped_mm, case)

@@ -39,13 +39,6 @@ def test_slots_per_token(slots):
     np.testing.assert_array_equal(ops.convert_to_numpy(slots.slots_per_token), expected)
 
 
-def test_flat_token_index(slots):
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(slots.flat_token_index),
-        [[[0, 2], [2, -1]], [[-1, -1], [4, -1]]],
-    )
-
-
 def test_a_mask_says_the_same_as_the_slots(slots):
     dense = RouterMask(slots.dispatch_mask, slots.combine_array)
     for name in ("weight", "assignments", "slots_per_token"):

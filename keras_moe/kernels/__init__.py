@@ -28,9 +28,9 @@ _kernels = importlib.import_module(f"{__name__}.{_known}")
 argsort = _kernels.argsort
 as_size = _kernels.as_size
 gather_rows = _kernels.gather_rows
+row_parts = _kernels.row_parts
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
-take = _kernels.take
 grouped_dense = _kernels.grouped_dense
 
 

@@ -1,28 +1,103 @@
 """The kernels as JAX does them best."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import keras
 from jax import lax
+from jax.sharding import PartitionSpec
 
-from keras_moe.kernels.plain import argsort, as_size, split_rows, take  # noqa: F401
+from keras_moe.kernels.plain import argsort, as_size, split_rows  # noqa: F401
 
 # So many rows of a group are multiplied at once on a CPU. Large blocks, which read
 # the matrices less often, come first where an average group fills one.
 BLOCK, LARGE_BLOCK = 128, 512
 
 
+# In both, the group is a batching dimension: who spreads groups over devices sees
+# that no row goes from one to another.
 def gather_rows(x, index):
-    index = jnp.where(index >= 0, index, x.shape[0])
-    return x.at[index].get(mode="fill", fill_value=0)
+    dimensions = lax.GatherDimensionNumbers(
+        offset_dims=tuple(range(index.ndim, index.ndim + x.ndim - 2)),
+        collapsed_slice_dims=(1,),
+        start_index_map=(1,),
+        operand_batching_dims=(0,),
+        start_indices_batching_dims=(index.ndim - 2,),
+    )
+    return lax.gather(
+        x,
+        jnp.expand_dims(index, -1),
+        dimensions,
+        slice_sizes=(1, 1, *x.shape[2:]),
+        mode="fill",  # -1 is out of bounds.
+        fill_value=0,
+    )
 
 
 def scatter_add_rows(rows, index, num_rows):
-    index = jnp.where(index >= 0, index, num_rows)
-    result = jnp.zeros((num_rows, *rows.shape[1:]), rows.dtype)
-    return result.at[index].add(rows, mode="drop")
+    dimensions = lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(index.ndim, rows.ndim)),
+        inserted_window_dims=(1,),
+        scatter_dims_to_operand_dims=(1,),
+        operand_batching_dims=(0,),
+        scatter_indices_batching_dims=(index.ndim - 2,),
+    )
+    shape = index.shape[-2], num_rows, *rows.shape[index.ndim :]
+    return lax.scatter_add(
+        jnp.zeros(shape, rows.dtype),
+        jnp.expand_dims(index, -1),
+        rows,
+        dimensions,
+        mode="drop",
+    )
+
+
+def row_parts(groups, num_experts):
+    distribution = keras.distribution.distribution()
+    if distribution is None or not isinstance(groups, int):
+        return 1, 1
+    batch, others = _mesh_axes(distribution)
+    shape = distribution.device_mesh.backend_mesh.shape
+    if groups % shape[batch]:
+        return 1, 1
+    shares = math.prod(shape[axis] for axis in others)
+    return shape[batch], 1 if num_experts % shares else shares
 
 
 def grouped_dense(rows, kernel, bias, group_sizes):
+    if len(group_sizes) == len(kernel):
+        return _grouped_dense(rows, kernel, bias, group_sizes)
+    # Each device its own rows, by those experts of which it has a share.
+    distribution = keras.distribution.distribution()
+    mesh = distribution.device_mesh.backend_mesh
+    batch, others = _mesh_axes(distribution)
+    if len(kernel) % math.prod(mesh.shape[axis] for axis in others):
+        others = ()  # They all do the same.
+
+    def on_each_device(rows, kernel, bias, group_sizes):
+        first = lax.axis_index(others) * len(kernel) if others else 0
+        own = lax.dynamic_slice_in_dim(group_sizes, first, len(kernel))
+        return _grouped_dense(rows, kernel, bias, own)
+
+    of_rows, of_experts = PartitionSpec((batch, *others)), PartitionSpec(others)
+    return jax.shard_map(
+        on_each_device,
+        mesh=mesh,
+        in_specs=(of_rows, of_experts, of_experts, of_rows),
+        out_specs=of_rows,
+        check_vma=False,
+    )(rows, kernel, bias, group_sizes)
+
+
+def _mesh_axes(distribution):
+    """The axis over which the batch is spread, and the others."""
+    batch = distribution.batch_dim_name
+    axes = distribution.device_mesh.axis_names
+    return batch, tuple(axis for axis in axes if axis != batch)
+
+
+def _grouped_dense(rows, kernel, bias, group_sizes):
     if jax.default_backend() != "cpu":
         return by_ragged_dot(rows, kernel, bias, group_sizes)
     num_rows = rows.shape[0]

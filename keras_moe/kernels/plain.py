@@ -17,38 +17,61 @@ def argsort(x):
     return ops.argsort(x, axis=-1)
 
 
-def take(x, index):
-    """`x[index]`: `[n, ...]` and an int `[r]` to `[r, ...]`."""
-    return ops.take(x, index, axis=0)
-
-
 def gather_rows(x, index):
-    """Rows of `x` by index, a row of zeros for -1.
+    """Rows of each group by index, zero for -1.
 
     Args:
-        x: `[n, h]`.
-        index: int `[r]`.
+        x: `[g, n, ...]`.
+        index: int `[..., g, r]`, which row of the group.
 
     Returns:
-        `[r, h]`.
+        `[..., g, r, ...]`.
     """
-    rows = ops.take(x, ops.maximum(index, 0), axis=0)
-    return ops.where(ops.expand_dims(index >= 0, -1), rows, 0)
+    groups, n, *width = ops.shape(x)
+    rows = ops.reshape(x, (groups * n, *width))
+    rows = ops.take(rows, ops.maximum(flat_index(index, n), 0), axis=0)
+    filled = ops.reshape(index >= 0, (*ops.shape(index), *[1] * len(width)))
+    return ops.where(filled, rows, ops.zeros_like(rows))
 
 
 def scatter_add_rows(rows, index, num_rows):
-    """Adds rows where their index says; -1 adds nowhere.
+    """Adds rows up in each group where their index says; -1 adds nowhere.
 
     Args:
-        rows: `[r, ...]`, float.
-        index: int `[r]`.
+        rows: `[..., g, r, ...]`, float.
+        index: int `[..., g, r]`.
         num_rows: `n`, an int or a scalar tensor.
 
     Returns:
-        `[n, ...]`.
+        `[g, n, ...]`.
     """
-    target = ops.where(index >= 0, index, num_rows)
-    return ops.segment_sum(rows, target, num_segments=num_rows + 1)[:num_rows]
+    groups, width = ops.shape(index)[-2], ops.shape(rows)[len(index.shape) :]
+    flat = ops.reshape(flat_index(index, num_rows), (-1,))
+    flat = ops.where(flat >= 0, flat, groups * num_rows)
+    rows = ops.reshape(rows, (-1, *width))
+    sums = ops.segment_sum(rows, flat, num_segments=groups * num_rows + 1)
+    return ops.reshape(sums[: groups * num_rows], (groups, num_rows, *width))
+
+
+def flat_index(index, num_rows):
+    """Which row of all groups' `num_rows` an index `[..., g, r]` means; -1 for -1."""
+    index = ops.cast(index, "int32")
+    first = ops.arange(ops.shape(index)[-2], dtype="int32") * num_rows
+    return ops.where(index >= 0, index + ops.expand_dims(first, -1), -1)
+
+
+def row_parts(groups, num_experts):
+    """Into how many parts, by groups and by experts, the rows are cut.
+
+    Args:
+        groups: `g`.
+        num_experts: `e`.
+
+    Returns:
+        A pair: as many parts of the groups as devices share the batch, and of the
+        experts as devices share a part of it.
+    """
+    return 1, 1
 
 
 def grouped_dense(rows, kernel, bias, group_sizes):

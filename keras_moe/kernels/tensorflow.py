@@ -1,14 +1,27 @@
 """The kernels as TensorFlow does them best."""
 
 import tensorflow as tf
+from keras import ops
 
-from keras_moe.kernels.plain import argsort, as_size, take  # noqa: F401
+from keras_moe.kernels.plain import argsort, as_size, flat_index, row_parts  # noqa: F401
+
+
+def gather_rows(x, index):
+    groups, n, *width = ops.shape(x)
+    rows = ops.reshape(x, (groups * n, *width))
+    return _gather(rows, flat_index(index, n))
+
+
+def scatter_add_rows(rows, index, num_rows):
+    groups, width = ops.shape(index)[-2], ops.shape(rows)[len(index.shape) :]
+    sums = _scatter_add(rows, flat_index(index, num_rows), groups * num_rows)
+    return ops.reshape(sums, (groups, num_rows, *width))
 
 
 @tf.custom_gradient
-def gather_rows(x, index):
+def _gather(x, index):
     def gradient(upstream):
-        return scatter_add_rows(upstream, index, tf.shape(x)[0]), None
+        return _scatter_add(upstream, index, tf.shape(x)[0]), None
 
     # A copy of the tokens with a zero row costs less than a pass over the
     # buffers, which are larger.
@@ -17,9 +30,9 @@ def gather_rows(x, index):
 
 
 @tf.custom_gradient
-def scatter_add_rows(rows, index, num_rows):
+def _scatter_add(rows, index, num_rows):
     def gradient(upstream):
-        return gather_rows(upstream, index), None, None
+        return _gather(upstream, index), None, None
 
     # Negative indices are dropped.
     return tf.math.unsorted_segment_sum(rows, index, num_rows), gradient

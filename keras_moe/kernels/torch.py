@@ -1,8 +1,12 @@
 """The kernels as PyTorch does them best."""
 
 import torch
+from keras import ops
 
 from keras_moe.kernels import plain
+from keras_moe.kernels.plain import flat_index, row_parts  # noqa: F401
+
+HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")  # Not in old versions.
 
 
 def as_size(n):
@@ -16,21 +20,24 @@ def argsort(x):
     return plain.argsort(x)
 
 
-def take(x, index):
-    return x.index_select(0, index)
-
-
 def gather_rows(x, index):
-    x = torch.cat([x.new_zeros((1, x.shape[1])), x])
-    return x.index_select(0, index + 1)
+    groups, n, *width = ops.shape(x)
+    index, shape = flat_index(index, n), ops.shape(index)
+    x = torch.cat([x.new_zeros((1, *width)), x.reshape(groups * n, *width)])
+    return x.index_select(0, index.flatten() + 1).reshape(*shape, *width)
 
 
 def scatter_add_rows(rows, index, num_rows):
-    result = rows.new_zeros((num_rows + 1, *rows.shape[1:]))
+    groups, width = ops.shape(index)[-2], ops.shape(rows)[index.ndim :]
+    index = flat_index(index, num_rows).flatten() + 1
+    rows = rows.reshape(-1, *width)
+    sums = rows.new_zeros((groups * num_rows + 1, *width))
     if torch.onnx.is_in_onnx_export():  # It adds up only what `scatter_add` does.
-        index = (index + 1).long().reshape(-1, *[1] * (rows.ndim - 1))
-        return result.scatter_add(0, index.expand_as(rows), rows)[1:]
-    return result.index_add(0, index + 1, rows)[1:]
+        index = index.long().reshape(-1, *[1] * len(width)).expand_as(rows)
+        sums = sums.scatter_add(0, index, rows)
+    else:
+        sums = sums.index_add(0, index, rows)
+    return sums[1:].reshape(groups, num_rows, *width)
 
 
 def split_rows(rows, group_sizes):
@@ -43,7 +50,7 @@ def split_rows(rows, group_sizes):
 def grouped_dense(rows, kernel, bias, group_sizes):
     if rows.device.type == "meta":
         return rows.new_empty((rows.shape[0], kernel.shape[2]))
-    if rows.device.type == "cuda" and _suits_grouped_mm(kernel):
+    if HAS_GROUPED_MM and rows.device.type == "cuda" and _suits_grouped_mm(kernel):
         return by_grouped_mm(rows, kernel, bias, group_sizes)
     return _GroupedDense.apply(rows, kernel, bias, group_sizes)
 

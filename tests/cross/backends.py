@@ -10,9 +10,23 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 
 def run(program, backend, folder):
-    """Runs a program, whose argument is the folder; it can import the tests."""
-    path = os.pathsep.join(map(str, (TESTS.parent, TESTS)))
-    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": path}
-    command = [sys.executable, "-c", program, str(folder)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    """Runs a program, whose argument is the folder."""
+    run_python("-c", program, folder, backend=backend)
+
+
+def run_python(*arguments, backend, **environment):
+    """Runs Python, which can import the tests."""
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=surroundings(backend, **environment),
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, f"{backend}: {result.stderr[-3000:]}"
+
+
+def surroundings(backend, **environment):
+    """The environment variables of such a program."""
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "cross")))
+    own = {"KERAS_BACKEND": backend, "PYTHONPATH": path, **environment}
+    return {**os.environ, **own}
