@@ -79,7 +79,9 @@ class MoeLayerWithBackbone(keras.layers.Layer):
                 1,
                 activation="sigmoid",
                 use_bias=False,
-                kernel_initializer=initializers.get(kernel_initializer),
+                kernel_initializer=initializers.get(
+                    "kernel_initializer", kernel_initializer
+                ),
                 name="backbone_gate",
                 dtype=unquantized(self.dtype_policy),
             )

@@ -1,15 +1,19 @@
 """Checks of arguments: errors that say what was expected and what came."""
 
-import math
 import numbers
+
+# Sizes and indices are int32, weights of losses and the like float32.
+LARGEST_INT = 2**31 - 1
+LARGEST_FLOAT = 3.4028234663852886e38
 
 
 def whole_number(name, value, minimum=1, maximum=None):
     """Returns `value` as an int, or raises."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"`{name}` must be an int. Received: {name}={value!r}.")
-    if value < minimum or (maximum is not None and value > maximum):
-        upper = "" if maximum is None else f" and at most {maximum}"
+    largest = LARGEST_INT if maximum is None else maximum
+    if not minimum <= value <= largest:
+        upper = "" if maximum is None and value < minimum else f" and at most {largest}"
         raise ValueError(
             f"`{name}` must be at least {minimum}{upper}. Received: {name}={value}."
         )
@@ -17,7 +21,7 @@ def whole_number(name, value, minimum=1, maximum=None):
 
 
 def number(name, value, minimum=0.0, above=False, below=None):
-    """Returns `value` as a finite float, or raises.
+    """Returns `value` as a float that is finite in float32, or raises.
 
     Args:
         name: the argument's name.
@@ -28,16 +32,16 @@ def number(name, value, minimum=0.0, above=False, below=None):
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"`{name}` must be a number. Received: {name}={value!r}.")
-    value = float(value)
     fits = value > minimum if above else value >= minimum
-    if not (fits and math.isfinite(value) and (below is None or value < below)):
+    fits = fits and value <= LARGEST_FLOAT
+    if not (fits and (below is None or value < below)):
         lower = "more than" if above else "at least"
-        upper = "finite" if below is None else f"less than {below:g}"
+        upper = "finite in float32" if below is None else f"less than {below:g}"
         raise ValueError(
             f"`{name}` must be {lower} {minimum:g} and {upper}. "
             f"Received: {name}={value!r}."
         )
-    return value
+    return float(value)
 
 
 def capacity_factor(name, value):
@@ -69,9 +73,22 @@ def examples_per_group(value):
         return None
     value = number("examples_per_group", value, above=True)
     whole = value if value >= 1 else 1 / value
-    if not math.isfinite(whole) or abs(whole - round(whole)) > 1e-6 * whole:
+    if whole > LARGEST_INT or abs(whole - round(whole)) > 1e-6 * whole:
         raise ValueError(
-            "`examples_per_group` must be a whole number, one over a whole number, "
-            f"or None. Received: examples_per_group={value!r}."
+            "`examples_per_group` must be a whole number, one over a whole number "
+            f"(of at most {LARGEST_INT}), or None. "
+            f"Received: examples_per_group={value!r}."
         )
     return value
+
+
+def known(name, value, get):
+    """Returns what Keras's `get` makes of `value`, a name or a config, or raises."""
+    try:
+        return get(value)
+    # Whatever Keras runs into on what is no config.
+    except Exception as error:
+        raise ValueError(
+            f"`{name}` must be something that Keras knows, or a function. "
+            f"Received: {name}={value!r}. {error}"
+        ) from error

@@ -38,11 +38,13 @@ class _FeedForward(keras.layers.Layer):
         self.d_ff = checks.whole_number("d_ff", d_ff)
         self.inner_dropout = checks.number("inner_dropout", inner_dropout, below=1)
         self.output_dropout = checks.number("output_dropout", output_dropout, below=1)
-        self.activation = keras.activations.get(activation)
+        self.activation = checks.known("activation", activation, keras.activations.get)
         self.gated = checks.boolean("gated", gated)
         self.use_bias = checks.boolean("use_bias", use_bias)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_initializer = initializers.get(
+            "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = initializers.get("bias_initializer", bias_initializer)
         self.remat = checks.boolean("remat", remat)
         self.intermediate_layer = self._dense(self.d_ff, name="intermediate")
         if self.gated:
@@ -222,11 +224,7 @@ class FeedForwardExperts(_FeedForward):
         return ExpertDense(self.num_experts, units, **self._dense_arguments(name))
 
     def build(self, input_shape):
-        if len(input_shape) != 4 or input_shape[1] != self.num_experts:
-            raise ValueError(
-                "Experts take [groups, experts, capacity, hidden] with "
-                f"{self.num_experts} experts. Received: input_shape={input_shape}."
-            )
+        _check_shape(input_shape, self.num_experts)
         super().build(input_shape)
 
     def call(self, inputs, group_sizes=None, training=None):
@@ -304,12 +302,8 @@ class HeterogeneousExperts(keras.layers.Layer):
         self.num_experts = len(experts)
 
     def build(self, input_shape):
-        groups, num_experts, capacity, hidden = input_shape
-        if num_experts != self.num_experts:
-            raise ValueError(
-                f"Expected inputs for {self.num_experts} experts. "
-                f"Received: input_shape={input_shape}."
-            )
+        _check_shape(input_shape, self.num_experts)
+        groups, _, capacity, hidden = input_shape
         for expert in self.experts:
             # A symbolic call builds any layer, with or without a `build`.
             expert(
@@ -333,3 +327,11 @@ class HeterogeneousExperts(keras.layers.Layer):
     @classmethod
     def from_config(cls, config):
         return cls(**with_parts(config, "experts"))
+
+
+def _check_shape(input_shape, num_experts):
+    if len(input_shape) != 4 or input_shape[1] != num_experts:
+        raise ValueError(
+            "Experts take [groups, experts, capacity, hidden] with "
+            f"{num_experts} experts. Received: input_shape={input_shape}."
+        )

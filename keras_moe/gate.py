@@ -75,8 +75,10 @@ class Gate(keras.layers.Layer):
         self.noise_std = checks.number("noise_std", noise_std)
         self.jitter_noise = checks.number("jitter_noise", jitter_noise, below=1)
         self.use_bias = checks.boolean("use_bias", use_bias)
-        self.kernel_initializer = initializers.get(kernel_initializer)
-        self.bias_initializer = initializers.get(bias_initializer)
+        self.kernel_initializer = initializers.get(
+            "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = initializers.get("bias_initializer", bias_initializer)
         self._hidden = [
             UnquantizedDense(
                 width,

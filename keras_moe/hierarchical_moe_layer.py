@@ -77,8 +77,11 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
         )
         if self.is_dropless:
             raise ValueError(
-                "Two levels of routing need a capacity: an inner expert has slots for "
-                "the slots of its group. Received: a capacity factor of None."
+                "Two levels of routing need a capacity, `train_capacity_factor` and "
+                "`eval_capacity_factor`: an inner expert has slots for the slots of "
+                "its group. Received: "
+                f"train_capacity_factor={train_capacity_factor}, "
+                f"eval_capacity_factor={eval_capacity_factor}."
             )
         self._check_routers(outer_router, inner_router)
         self.outer_router = outer_router

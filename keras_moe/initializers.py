@@ -2,14 +2,16 @@
 
 import keras
 
+from keras_moe import checks
+
 serialize = keras.initializers.serialize
 
 
-def get(initializer):
+def get(name, initializer):
     """The initializer; `TruncatedNormal(stddev=0.02)` for `None`."""
     if initializer is None:
         return keras.initializers.TruncatedNormal(stddev=0.02)
-    return keras.initializers.get(initializer)
+    return checks.known(name, initializer, keras.initializers.get)
 
 
 def clone(initializer):

@@ -5,6 +5,9 @@ Sums run over the tokens that are not masked; without any, a loss is 0.
 
 from keras import ops
 
+# So small that its square, added up over a billion tokens, is a float32.
+LARGEST = 1e14
+
 
 def load_balancing_loss(probs, load, per_group=True):
     """The balance loss of the Switch Transformer.
@@ -56,7 +59,9 @@ def router_z_loss(logits, mask=None):
     Reference:
         [Zoph et al., 2022](https://arxiv.org/abs/2202.08906), equation 5.
     """
-    squares = ops.square(ops.logsumexp(logits, axis=-1))
+    # Where its square would be beyond float32, it is bounded, without a gradient.
+    sizes = ops.clip(ops.logsumexp(logits, axis=-1), -LARGEST, LARGEST)
+    squares = ops.square(sizes)
     if mask is None:
         mask = ops.ones_like(squares, dtype="bool")
     valid = ops.sum(ops.cast(mask, "float32"))

@@ -166,11 +166,12 @@ def _check_dropless(experts, router):
         raise ValueError(
             f"{type(router).__name__} needs a capacity: where experts choose it is "
             "what each takes, and a router of one's own must say `supports_dropless`. "
-            "Received: a capacity factor of None."
+            "Received: None as `train_capacity_factor` or `eval_capacity_factor`."
         )
     if "group_sizes" not in inspect.signature(experts.call).parameters:
         raise ValueError(
-            "Without a capacity, `experts` must take rows: "
+            "Without a capacity (None as `train_capacity_factor` or "
+            "`eval_capacity_factor`), `experts` must take rows: "
             "`call(inputs, group_sizes=None)`, with inputs [rows, hidden] sorted by "
             f"expert. Received: {type(experts).__name__}."
         )

@@ -4,6 +4,7 @@ Each function takes the number of experts `e`, the width `f` of each, and
 keyword arguments of `MoeLayer`, which come before the preset's own.
 """
 
+from keras_moe import checks
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.moe_layer import MoeLayer
 from keras_moe.routers import (
@@ -186,6 +187,7 @@ def _choice(k, loss_of_k, normalize=True):
     `loss_of_k` is the `router_aux_loss_coef` in the released models' configs,
     of a balance loss that is `k` at balance where ours is 1.
     """
+    k = checks.whole_number("num_selected_experts", k)
     return {
         "num_selected_experts": k,
         "normalize_weights": normalize,

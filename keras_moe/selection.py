@@ -37,7 +37,9 @@ def valid_tokens(probs):
 def normalized(probs):
     """Scores divided by their sum over the experts; zero where they are zero."""
     total = ops.sum(probs, axis=-1, keepdims=True)
-    return probs / ops.where(total == 0, 1.0, total)
+    # The gradient has its square, which in float32 must not be 0. A NaN stays.
+    least = ops.where(total == 0, 1.0, 1e-18)
+    return probs / ops.where(total < 1e-18, least, total)
 
 
 def top_k(probs, k, normalize=False, scores=None):

@@ -16,12 +16,16 @@ def with_parts(config, *names):
     Returns:
         A new dict.
     """
-    return {**config, **{name: _deserialize(config[name]) for name in names}}
+    parts = {name: _deserialize(config[name]) for name in names if name in config}
+    return {**config, **parts}
 
 
 def _deserialize(config):
     if isinstance(config, list):
         return [_deserialize(part) for part in config]
+    if not isinstance(config, dict):
+        # A layer, or what the constructor refuses.
+        return config
     config = {k: v for k, v in config.items() if k != "build_config"}
     return keras.saving.deserialize_keras_object(config)
 

@@ -61,7 +61,9 @@ class SoftMoeLayer(BaseMoeLayer):
         self.slots_per_expert = checks.whole_number(
             "slots_per_expert", slots_per_expert
         )
-        self.kernel_initializer = initializers.get(kernel_initializer)
+        self.kernel_initializer = initializers.get(
+            "kernel_initializer", kernel_initializer
+        )
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -81,8 +83,8 @@ class SoftMoeLayer(BaseMoeLayer):
         return self.num_experts * self.slots_per_expert
 
     def decide(self, tokens, mask, training, report=True):
-        tokens = ops.normalize(ops.cast(tokens, "float32"), axis=-1)
-        slots = ops.normalize(ops.convert_to_tensor(self.slots), axis=0)
+        tokens = _direction(ops.cast(tokens, "float32"), axis=-1)
+        slots = _direction(ops.convert_to_tensor(self.slots), axis=0)
         logits = self.scale * ops.einsum("gth,hec->gtec", tokens, slots)
         groups, t, experts, capacity = ops.shape(logits)
         combine = ops.softmax(
@@ -103,3 +105,14 @@ class SoftMoeLayer(BaseMoeLayer):
             "slots_per_expert": self.slots_per_expert,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
         }
+
+
+def _direction(x, axis):
+    """Vectors scaled to length 1; those shorter than Keras's epsilon are shorter.
+
+    `ops.normalize` has no gradient at 0, and squares that may be infinite.
+    """
+    size = ops.max(ops.abs(x), axis=axis, keepdims=True)
+    x = x / ops.stop_gradient(ops.maximum(size, keras.config.epsilon()))
+    squares = ops.sum(ops.square(x), axis=axis, keepdims=True)  # 1 or more
+    return x * ops.rsqrt(ops.maximum(squares, 0.5))

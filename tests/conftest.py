@@ -46,7 +46,8 @@ def float64():
         if keras.backend.backend() == "jax":
             import jax
 
-            stack.enter_context(jax.enable_x64(True))
+            jax.config.update("jax_enable_x64", True)
+            stack.callback(jax.config.update, "jax_enable_x64", False)
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
         yield

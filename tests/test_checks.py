@@ -1,5 +1,6 @@
 import math
 
+import keras
 import numpy as np
 import pytest
 
@@ -14,6 +15,14 @@ def test_whole_numbers_out_of_range(value):
         checks.whole_number("k", value, maximum=8)
 
 
+@pytest.mark.parametrize("value", [2**31, 10**12, 10**400])
+def test_whole_numbers_beyond_int32(value):
+    with pytest.raises(
+        ValueError, match="`k` must be at least 1 and at most 2147483647"
+    ):
+        checks.whole_number("k", value)
+
+
 @pytest.mark.parametrize("value", [1.0, "1", None, True])
 def test_what_is_no_whole_number(value):
     with pytest.raises(TypeError, match="`k` must be an int"):
@@ -25,7 +34,7 @@ def test_numpy_numbers_are_numbers():
     assert type(checks.number("x", np.float32(0.5))) is float
 
 
-@pytest.mark.parametrize("value", [0, -0.5, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, -0.5, math.nan, math.inf, 1e39, 10**400])
 def test_numbers_out_of_range(value):
     with pytest.raises(ValueError, match="`x` must be more than 0 and finite"):
         checks.number("x", value, above=True)
@@ -54,7 +63,13 @@ def test_examples_per_group(value):
     assert checks.examples_per_group(value) == value
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 0.4, 1e-320, math.nan, math.inf])
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.4, 1e-320, 1e12, 1e-12, math.nan])
 def test_examples_per_group_that_are_neither_whole_nor_one_over_whole(value):
     with pytest.raises(ValueError, match="`examples_per_group` must be"):
         checks.examples_per_group(value)
+
+
+@pytest.mark.parametrize("value", ["x", 1, {}, {"class_name": "function"}])
+def test_what_keras_does_not_know(value):
+    with pytest.raises(ValueError, match="`f` must be something that Keras knows"):
+        checks.known("f", value, keras.activations.get)

@@ -5,14 +5,14 @@ from keras_moe import initializers
 
 
 def test_the_default():
-    initializer = initializers.get(None)
+    initializer = initializers.get("kernel_initializer", None)
     assert isinstance(initializer, keras.initializers.TruncatedNormal)
     assert initializer.stddev == 0.02
-    assert isinstance(initializers.get("zeros"), keras.initializers.Zeros)
+    assert isinstance(initializers.get("b", "zeros"), keras.initializers.Zeros)
 
 
 def test_copies_draw_other_values():
-    initializer = initializers.get(None)
+    initializer = initializers.get("kernel_initializer", None)
     a = keras.ops.convert_to_numpy(initializers.clone(initializer)((3, 3)))
     b = keras.ops.convert_to_numpy(initializers.clone(initializer)((3, 3)))
     assert (a != b).all()
