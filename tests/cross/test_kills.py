@@ -1,0 +1,61 @@
+"""Training that is killed again and again ends where it would have ended anyway."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from backends import BACKENDS, TESTS, surroundings
+
+KILLS = int(os.environ.get("KILLS", "2"))
+# A process that is killed does one at least, and a few more: they are short.
+EPOCHS = 10 * (KILLS + 1)
+
+
+def start(folder, backend):
+    program = TESTS / "cross" / "resumable.py"
+    return subprocess.Popen(
+        [sys.executable, program, folder, str(EPOCHS)],
+        env=surroundings(backend),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def epoch_of(process):
+    """The epoch that begins next."""
+    word, epoch = process.stdout.readline().split()
+    assert word == "epoch"
+    return int(epoch)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_killed_at_random_and_resumed(backend, tmp_path):
+    moments, begins, ends = random.Random(0), [], {}
+    for name, kills in (("whole", 0), ("killed", KILLS)):
+        folder = tmp_path / name
+        folder.mkdir()
+        for _ in range(kills):
+            process = start(folder, backend)
+            begins.append(epoch_of(process))
+            epoch_of(process)
+            time.sleep(moments.uniform(0, 0.2))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, "It ended before."
+        process = start(folder, backend)
+        begins.append(epoch_of(process))
+        process.communicate()
+        assert process.returncode == 0
+        ends[name] = np.load(folder / "end.npz")
+    # The whole run, the first that is killed, and the others, each further on.
+    assert begins[:2] == [0, 0]
+    assert sorted(set(begins[1:])) == begins[1:]
+    whole, killed = ends["whole"], ends["killed"]
+    assert len(whole.files) > 20
+    largest = max(np.abs(killed[n] - whole[n]).max() for n in whole.files)
+    print(f"{backend}: began with epochs {begins[1:]}, largest difference {largest:g}")
+    assert largest < 1e-6
