@@ -2,80 +2,111 @@
 # KERAS_BACKEND chooses the backend: tensorflow (the default), jax or torch.
 
 PYTHON ?= python3
+venv := .venv
+constraints := constraints.txt
 export KERAS_BACKEND ?= tensorflow
 # TensorFlow's start-up notes hide the progress bars.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-bin := .venv/bin
-pip := $(bin)/python -m pip install --quiet --no-compile --constraint constraints.txt
+bin := $(venv)/bin
+pip := $(bin)/python -m pip install --quiet --no-compile \
+	$(if $(constraints),--constraint $(constraints))
 pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"
 
-.PHONY: help demo examples test test-all test-peers peers lint bench bench-hub docs clean
+.PHONY: help demo examples test test-all test-matrix test-versions test-peers \
+	peers lint bench bench-devices bench-hub docs dist clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
 	@echo "make examples    the other examples: upcycling, digits_vit, multi_gate"
 	@echo "make test        the tests, on one backend"
 	@echo "make test-all    all tests, on all three backends, and files between them"
+	@echo "make test-matrix the tests on the oldest and on the newest versions, all backends"
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
+	@echo "make bench-devices  training on meshes of devices against one"
 	@echo "make bench-hub   models of keras-hub, as they are and accelerated"
 	@echo "make docs        the documentation as a site, in site/"
+	@echo "make dist        what is released, wheel and sdist, in dist/"
 
-demo: .venv/with-$(KERAS_BACKEND) .venv/with-plots
+demo: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-plots
 	$(bin)/python examples/char_lm.py $(DEMO)
 
-examples: .venv/with-$(KERAS_BACKEND) .venv/with-examples
+examples: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-examples
 	$(bin)/python examples/upcycling.py $(UPCYCLING)
 	$(bin)/python examples/digits_vit.py $(EPOCHS)
 	$(bin)/python examples/multi_gate.py $(EPOCHS)
 
-test: .venv/with-$(KERAS_BACKEND) .venv/with-test
+test: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-test
 	$(pytest) tests --ignore tests/peers --ignore tests/cross $(select)
 
-test-all: .venv/with-onnx
+test-all: $(venv)/with-onnx
 	$(MAKE) test select= KERAS_BACKEND=tensorflow
 	$(MAKE) test select= KERAS_BACKEND=jax
 	$(MAKE) test select= KERAS_BACKEND=torch
 	$(bin)/python -m pytest --quiet tests/cross
 
-test-peers: .venv/with-tensorflow .venv/with-jax .venv/with-test peers
+# Each in an environment of its own, made anew and removed again. Old versions of
+# JAX get wrong numbers from what they compiled and cached on a CPU.
+test-matrix: export JAX_ENABLE_COMPILATION_CACHE := false
+test-matrix:
+	$(MAKE) test-versions venv=.venv-oldest constraints=constraints-oldest.txt
+	$(MAKE) test-versions venv=.venv-newest constraints=
+
+test-versions:
+	rm -rf $(venv)
+	$(MAKE) test KERAS_BACKEND=tensorflow
+	$(MAKE) test KERAS_BACKEND=jax
+	$(MAKE) test KERAS_BACKEND=torch
+	rm -rf $(venv)
+
+test-peers: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-test peers
 	$(bin)/python -m pytest --quiet tests/peers
 	KERAS_BACKEND=jax $(bin)/python -m pytest --quiet tests/peers/test_acceleration.py
 	KERAS_BACKEND=torch $(bin)/python -m pytest --quiet tests/peers/test_acceleration.py
 
 # Some without their many dependencies, of which their MoE layers use none.
-peers: .venv/with-torch .venv/with-peers
+peers: $(venv)/with-torch $(venv)/with-peers
 	$(pip) --no-deps tf-keras tf-models-official keras-hub
 
-lint: .venv/with-lint
+lint: $(venv)/with-lint
 	$(bin)/ruff check
 	$(bin)/ruff format --check
 
-bench: .venv/with-tensorflow .venv/with-jax .venv/with-plots peers
+bench: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-plots peers
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=jax $(bin)/python benchmarks/bench.py
 	KERAS_BACKEND=torch $(bin)/python benchmarks/bench.py
 	$(bin)/python benchmarks/report.py
 
-bench-hub: .venv/with-tensorflow .venv/with-jax .venv/with-plots peers
+bench-devices: $(venv)/with-jax
+	KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+		$(bin)/python benchmarks/devices.py
+
+bench-hub: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-plots peers
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/acceleration.py
 	KERAS_BACKEND=jax $(bin)/python benchmarks/acceleration.py
 	KERAS_BACKEND=torch $(bin)/python benchmarks/acceleration.py
 	$(bin)/python benchmarks/report.py
 
-docs: .venv/with-docs
+docs: $(venv)/with-docs
 	NO_MKDOCS_2_WARNING=1 $(bin)/mkdocs build
 
+# The wheel is made of the sdist, so that this holds all that it takes.
+dist: $(venv)/with-release
+	rm -rf dist
+	PIP_CONSTRAINT=constraints.txt $(bin)/python -m build
+	$(bin)/python -m twine check --strict dist/*
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-oldest .venv-newest
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv
+$(bin)/python:
+	$(PYTHON) -m venv $(venv)
 
-.venv/with-%: .venv/bin/python setup.cfg constraints.txt
+$(venv)/with-%: $(bin)/python setup.cfg $(constraints)
 	$(pip) --editable ".[$*]"
 	@touch $@

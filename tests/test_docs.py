@@ -9,8 +9,19 @@ import keras
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-WITHOUT_EXAMPLES = {"performance.md", "examples.md", "reference.md", "tables.md"}
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+WITHOUT_EXAMPLES = {
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "examples.md",
+    "performance.md",
+    "reference.md",
+    "references.md",
+    "scaling.md",
+    "tables.md",
+}
+PAPER = re.compile(r"https://(?:arxiv\.org/abs|doi\.org)/[\w./-]*\w")
 # A block fenced as "python no-run" is not run, one fenced as "python jax" on JAX
 # only, one fenced as "python peers" by `tests/peers`. A block fenced as "text" that
 # follows a run one is what that one prints.
@@ -65,6 +76,17 @@ def test_the_links_lead_somewhere(file):
         assert target.exists(), path
         if heading:
             assert heading in headings(target), f"{path}#{heading}"
+
+
+def test_each_paper_stands_among_the_references():
+    references = ROOT / "docs" / "references.md"
+    code = [*(ROOT / "keras_moe").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    cited = {p for file in [*code, *FILES] if file != references for p in papers(file)}
+    assert cited == set(papers(references))
+
+
+def papers(file):
+    return PAPER.findall(file.read_text(encoding="utf-8"))
 
 
 def headings(file):
