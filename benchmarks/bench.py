@@ -26,15 +26,15 @@ from timing import measure
 BASE = Point()
 AXES = {
     "experts": [Point(experts=n) for n in (8, 32, 256)],
-    "examples": [Point(examples=n) for n in (2, 16, 128)],
-    "group": [Point(examples=32, group=n) for n in (1, 32)],
+    "examples": [Point(examples=n) for n in (8, 16, 128)],
+    "group": [Point(group=1), Point(examples=32, group=32)],
     "k": [Point(k=n) for n in (2, 8)],
     "width": [Point(width=n) for n in (256, 512)],
     "share": [Point(k=1, share=n) for n in (0.125, 1.0)],
 }
 # Where the time goes.
 # In the wide layer with fewer tokens, as shares are what it is for.
-PARTS = [Point(experts=8), Point(experts=64), Point(width=1024, examples=2)]
+PARTS = [Point(experts=64), Point(width=1024, examples=2)]
 # One token, k = 2: the forward pass of a model that writes.
 DECODING = [Point(experts=n, examples=1, length=1) for n in (8, 64, 256)]
 
@@ -105,7 +105,7 @@ def at(point, axis, kinds=("step",)):
 @functools.cache
 def times_at(point, kinds):
     """Once for a point that lies on several axes."""
-    return measure(point.models(), kinds, rounds=4, seconds=3.0)
+    return measure(point.models(), kinds, rounds=3, seconds=3.0)
 
 
 def parts(point):

@@ -40,7 +40,7 @@ def main():
     parts = [base_table, parts_table, peers_table, accelerated_table]
     parts += [axes_table, decoding_table, machines]
     (folder / "tables.md").write_text(
-        "# Measurements\n\nWritten by `make bench`; "
+        "# Measurements\n\nWritten by `make bench` and `make bench-hub`; "
         "[Performance](../performance.md) explains them.\n\n"
         + "\n\n".join("\n".join(part(results)) for part in parts)
         + "\n"
@@ -183,7 +183,8 @@ def axes_table(results):
     yield ""
     yield "A training step, in ms and over the dense layer with the same active"
     yield "FLOPs, with a capacity factor of k and dropless. All else is as at the base"
-    yield "point, but for groups (32 × 512 tokens) and the share on one expert (k 1)."
+    yield "point, but for groups (up to 32 × 512 tokens) and the share on one expert"
+    yield "(k 1)."
     for axis, label in AXES.items():
         yield f"\n### {label}\n"
         columns = ("dense, ms", "capacity", "dropless")

@@ -111,13 +111,15 @@ from crowding on a few experts, is added to the model's loss.
 
 
 def dense(name):
-    return keras_moe.FeedForward(4 * width, kernel_initializer="he_normal", name=name)
+    return keras_moe.FeedForward(
+        4 * width, kernel_initializer="glorot_uniform", name=name
+    )
 
 
 def mixture(name):
     return keras_moe.MoeLayer(
         keras_moe.FeedForwardExperts(
-            num_experts, 4 * width, kernel_initializer="he_normal"
+            num_experts, 4 * width, kernel_initializer="glorot_uniform"
         ),
         keras_moe.MaskedRouter(
             num_experts, load_balancing_loss_weight=0.01, export_metrics=()
