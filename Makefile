@@ -27,7 +27,7 @@ help:
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
-	@echo "make bench-devices  training on meshes of devices against one"
+	@echo "make bench-devices  training on several devices against one"
 	@echo "make bench-hub   models of keras-hub, as they are and accelerated"
 	@echo "make docs        the documentation as a site, in site/"
 	@echo "make dist        what is released, wheel and sdist, in dist/"
@@ -82,9 +82,10 @@ bench: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-plots peers
 	KERAS_BACKEND=torch $(bin)/python benchmarks/bench.py
 	$(bin)/python benchmarks/report.py
 
-bench-devices: $(venv)/with-jax
-	KERAS_BACKEND=jax XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-		$(bin)/python benchmarks/devices.py
+bench-devices: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-torch
+	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/devices.py
+	KERAS_BACKEND=jax $(bin)/python benchmarks/devices.py
+	KERAS_BACKEND=torch $(bin)/python benchmarks/devices.py
 
 bench-hub: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-plots peers
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/acceleration.py

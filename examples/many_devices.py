@@ -96,6 +96,8 @@ def main(options):
     mesh = [int(n) for n in options.mesh.split(",")]
     if "," in options.addresses:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        # On CPUs two steps at once wait for each other, now and then for ever.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
         count = options.addresses.count(",") + 1
         keras.distribution.initialize(options.addresses, count, options.process)
     mesh = keras.distribution.DeviceMesh(mesh, ["batch", "expert"])

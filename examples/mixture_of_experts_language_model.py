@@ -40,11 +40,9 @@ from keras import layers, ops
 
 import keras_moe
 
-keras.utils.set_random_seed(0)
-
 length = 128  # Characters that the model sees.
 batch_size = 16
-steps = 500
+steps = 1500
 num_experts = 8
 width = 128
 
@@ -87,6 +85,7 @@ A pre-norm Transformer. What stands after the attention is an argument.
 
 
 def build_model(make_feed_forward):
+    keras.utils.set_random_seed(0)
     inputs = keras.Input((length,), dtype="int32")
     positions = ops.cumsum(ops.ones_like(inputs), axis=1) - 1
     x = layers.Embedding(len(alphabet), width)(inputs)

@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import os
 
@@ -53,3 +54,15 @@ def float64():
         yield
     keras.config.set_floatx("float32")
     keras.config.set_dtype_policy("float32")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints what tests have tried, in numbers: what `record_property` was told."""
+    counts = collections.defaultdict(collections.Counter)
+    for report in terminalreporter.getreports("passed"):
+        numbers = {k: n for k, n in report.user_properties if isinstance(n, int)}
+        counts[report.fspath].update(numbers)
+    for file, numbers in counts.items():
+        if numbers:
+            text = ", ".join(f"{n:,} {name}" for name, n in numbers.items())
+            terminalreporter.write_line(f"{file}: {text}")

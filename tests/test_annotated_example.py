@@ -19,7 +19,7 @@ def test_it_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
     source = FILE.read_text(encoding="utf-8")
-    for there, here in (("steps = 500", "steps = 10"), ("* 9 // 10", "* 99 // 100")):
+    for there, here in (("steps = 1500", "steps = 10"), ("* 9 // 10", "* 99 // 100")):
         assert there in source
         source = source.replace(there, here)
     names = {}

@@ -111,7 +111,8 @@ LENGTHS = [0, 1, 100, 0.1, 0.5, 0.9, -200, -30, -1]
 
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5"])
 @pytest.mark.parametrize("length", LENGTHS)
-def test_cut_short(length, name, trained, tmp_path):
+def test_cut_short(length, name, trained, tmp_path, record_property):
+    record_property("tried", 1)
     model, folder = trained
     content = (folder / name).read_bytes()
     if isinstance(length, float):
@@ -128,8 +129,9 @@ def test_cut_short(length, name, trained, tmp_path):
 
 @pytest.mark.parametrize("member", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("length", [None, 0, 100, 0.5, 0.9, -1])
-def test_a_member_cut_short(length, member, trained, tmp_path):
+def test_a_member_cut_short(length, member, trained, tmp_path, record_property):
     """Or, with `None`, away; in a whole archive."""
+    record_property("tried", 1)
     model, folder = trained
     with zipfile.ZipFile(folder / "model.keras") as archive:
         members = {n: archive.read(n) for n in archive.namelist()}

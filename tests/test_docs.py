@@ -14,6 +14,7 @@ WITHOUT_EXAMPLES = {
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "devices.md",
     "examples.md",
     "performance.md",
     "reference.md",

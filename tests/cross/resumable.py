@@ -4,11 +4,16 @@ import sys
 
 import keras
 import numpy as np
-import small_model
 
 import keras_moe
 
-STEPS = 20
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # With it, an update of weights may overtake a read, on a CPU without XLA.
+    tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
+
+STEPS, BATCH, LENGTH, HIDDEN, EXPERTS = 20, 16, 8, 12, 8
 
 
 class Data(keras.utils.PyDataset):
@@ -19,16 +24,17 @@ class Data(keras.utils.PyDataset):
     def __init__(self):
         super().__init__()
         rng = np.random.default_rng(0)
-        shape = (STEPS, small_model.BATCH, small_model.LENGTH, small_model.HIDDEN)
+        shape = (STEPS, BATCH, LENGTH, HIDDEN)
         self.x = rng.normal(size=shape).astype("float32")
+        # A task that wants other experts for other tokens.
+        self.y = np.where(self.x[..., :1] > 0, np.tanh(self.x), self.x[..., ::-1])
 
     def __len__(self):
         return STEPS
 
     def __getitem__(self, index):
-        order = np.random.default_rng(self.epoch).permutation(STEPS)
-        x = self.x[order[index]]
-        return x, small_model.targets(x)
+        step = np.random.default_rng(self.epoch).permutation(STEPS)[index]
+        return self.x[step], self.y[step]
 
 
 class Epochs(keras.callbacks.Callback):
@@ -51,10 +57,22 @@ class Epochs(keras.callbacks.Callback):
             self.model.stop_training = True
 
 
+def build_model():
+    inputs = keras.Input((LENGTH, HIDDEN))
+    moe = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(EXPERTS, 16, kernel_initializer="he_normal"),
+        keras_moe.BiasBalancedMaskedRouter(EXPERTS),
+        train_capacity_factor=None,
+        eval_capacity_factor=None,
+    )
+    model = keras.Model(inputs, keras.layers.Dense(HIDDEN)(inputs + moe(inputs)))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
 def train(folder, epochs):
     keras.utils.set_random_seed(0)
-    router = keras_moe.BiasBalancedMaskedRouter(small_model.EXPERTS)
-    model, data = small_model.model_with(router), Data()
+    model, data = build_model(), Data()
     model.fit(
         data,
         epochs=2 * epochs,
