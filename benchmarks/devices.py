@@ -42,7 +42,11 @@ KINDS = {
 }
 MESHES = ["1x2", "2x1", "1x4", "2x2", "4x1", "1x8", "2x4", "4x2", "8x1", "2", "4", "8"]
 COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
-OPERATION = re.compile(rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
+# Not within groups of one device each, where nothing moves.
+OPERATION = re.compile(
+    rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
+    r"(?!.*replica_groups=\{(\{\d+\},?)+\})"
+)
 ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
 # Means over what is filled, which a replica knows of itself alone.
 MEANS_OF_REPLICAS = "moe/router_confidence", "moe/expert_usage"
@@ -146,18 +150,12 @@ def on_jax(meshes):
 def example(*arguments):
     """Logs and weights of `examples/many_devices.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        file = f"{folder}/results.npz"
         script = pathlib.Path(__file__).parents[1] / "examples" / "many_devices.py"
-        options = "--epochs=1", f"--output={file}", *arguments
+        options = "--epochs=1", f"--output={folder}", *arguments
         run = [sys.executable, script, *options]
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
-        return logs_and_weights(file)
-
-
-def logs_and_weights(file):
-    """What a process has left: the loss of each epoch or step, and the weights."""
-    results = dict(np.load(file))
-    return {"loss": results.pop("loss")}, list(results.values())
+        model = keras.models.load_model(f"{folder}/model.keras")
+        return {"loss": np.load(f"{folder}/loss.npy")}, model.get_weights()
 
 
 def distribution(mesh):
@@ -195,7 +193,7 @@ def collectives(model):
     step = jax.jit(model.train_step, out_shardings=where)
     program = step.lower(tuple(state), data).compile().as_text()
     found = collections.Counter()
-    for results, name in OPERATION.findall(program):
+    for results, name, _ in OPERATION.findall(program):
         found[name] += sum(
             math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) // 8
             for _, bits, shape in ARRAY.findall(results)
@@ -255,12 +253,18 @@ def on_torch(_):
             torch.multiprocessing.spawn(train_replica, arguments, processes)
         for kind in KINDS:
             alone, *two = (
-                logs_and_weights(f"{folder}/{kind}-{replica}.npz")
+                replica_results(f"{folder}/{kind}-{replica}.npz")
                 for replica in ("0-of-1", "0-of-2", "1-of-2")
             )
             for rank, found in enumerate(two):
                 where = f"DistributedDataParallel, process {rank} of two"
                 yield compare(kind, where, found, alone)
+
+
+def replica_results(file):
+    """Logs and weights of a process."""
+    results = dict(np.load(file))
+    return {"loss": results.pop("loss")}, list(results.values())
 
 
 def train_replica(rank, processes, folder):
@@ -314,9 +318,10 @@ def table(results):
     ]
     for row in results:
         cells = row["kind"], row["where"], f"{row['logs']:.0e}", f"{row['weights']:.0e}"
+        moved, expected = row.get("bytes", {}), row.get("formula", {})
         moved = [
-            f"{row['bytes'].get(name, 0):,} ({row['formula'].get(name, 0):,})"
-            if "bytes" in row
+            f"{moved.get(name, 0):,} ({expected.get(name, 0):,})"
+            if name in moved
             else ""
             for name in COLLECTIVES[:3]
         ]

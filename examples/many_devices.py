@@ -27,7 +27,7 @@ def read_options():
     parser.add_argument("--mesh", default="2,4", help="devices for batch, experts")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--dropless", action="store_true", help="no capacity")
-    parser.add_argument("--output", help="a file for losses and weights, .npz")
+    parser.add_argument("--output", help="a folder for the model and its losses")
     parser.add_argument("--process", type=int, help="which of the addresses is this")
     parser.add_argument("--addresses", help="of all processes")
     parser.add_argument("--processes", type=int, default=2, help="started here")
@@ -108,7 +108,8 @@ def main(options):
     )
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
-    model = build_model(None if options.dropless else 2.0)
+    capacity_factor = None if options.dropless else 2.0
+    model = build_model(capacity_factor)
     model.compile(keras.optimizers.Adam(0.01), "mse")
     shards = min(distribution.num_model_replicas, distribution.num_processes)
     history = model.fit(
@@ -119,8 +120,13 @@ def main(options):
         verbose=2 if options.process == 0 else 0,
     )
     weights = whole(model.weights, mesh)
+    keras.distribution.set_distribution(None)
     if options.process == 0 and options.output:
-        np.savez(options.output, *weights, loss=history.history["loss"])
+        # What is saved must be here as a whole.
+        model = build_model(capacity_factor)
+        model.set_weights(weights)
+        model.save(f"{options.output}/model.keras")
+        np.save(f"{options.output}/loss.npy", history.history["loss"])
 
 
 if __name__ == "__main__":
