@@ -320,9 +320,7 @@ def table(results):
         cells = row["kind"], row["where"], f"{row['logs']:.0e}", f"{row['weights']:.0e}"
         moved, expected = row.get("bytes", {}), row.get("formula", {})
         moved = [
-            f"{moved.get(name, 0):,} ({expected.get(name, 0):,})"
-            if name in moved
-            else ""
+            f"{moved[name]:,} ({expected.get(name, 0):,})" if name in moved else ""
             for name in COLLECTIVES[:3]
         ]
         lines.append(f"| {' | '.join([*cells, *moved])} |")
