@@ -5,7 +5,8 @@
 starts two processes, each with four virtual CPU devices, as two hosts with four
 accelerators would be. The eight devices are a mesh of two by four: each half of
 the batch is on four devices, and each of these has a quarter of the experts. The
-model is made, compiled and fitted as on one device; five lines of `main` differ.
+model is made, compiled and fitted as on one device: `main` says before what is where,
+and gathers the weights afterwards to save them.
 
 On hosts of one's own, start one process on each, with its number and the addresses
 of all (the first is the coordinator's):
