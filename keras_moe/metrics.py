@@ -81,7 +81,7 @@ class LayerMetrics:
                 )
             export_metrics = tuple(export_metrics)
         self.export_metrics = export_metrics
-        self._running_means = _RunningMeans() if export_metrics else None
+        self._running_means = _RunningMeans(self.name) if export_metrics else None
 
     def add_metric(self, value, name):
         """Averages a scalar over the epoch, under the layer's path.
@@ -152,11 +152,12 @@ def running_sums(shape, name):
 class RoutingLog:
     """What a router did, in sums over batches, for `RoutingMonitor`.
 
-    It is a plain object, so that Keras takes the variable for no weight.
+    It is a plain object, so that Keras takes the variable for no weight. The owner's
+    name is part of the variable's.
     """
 
-    def __init__(self, num_experts):
-        self.sums = running_sums((num_experts + 3,), "routing_log")
+    def __init__(self, owner, num_experts):
+        self.sums = running_sums((num_experts + 3,), f"{owner}_routing_log")
 
     def update(self, routing, *, valid, left_behind, z_loss):
         """Adds a batch.
@@ -188,15 +189,15 @@ class RoutingLog:
 class _RunningMeans:
     """Sums and counts of named values, in one variable.
 
-    It is a plain object, so that Keras takes the variable for no weight. The
-    variable has room for metrics that are first named while a step is being
-    compiled, when it is too late for a new variable.
+    It is a plain object, so that Keras takes the variable for no weight. The owner's
+    name is part of the variable's. The variable has room for metrics that are first
+    named while a step is being compiled, when it is too late for a new variable.
     """
 
     room = 32
 
-    def __init__(self):
-        self.state = running_sums((self.room, 2), "running_means")
+    def __init__(self, owner):
+        self.state = running_sums((self.room, 2), f"{owner}_running_means")
         self.views = []
         self._columns = {}
         self._traced = None

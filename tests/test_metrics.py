@@ -3,7 +3,14 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_moe import LayerMetrics, RouterMask, Slots
+from keras_moe import (
+    FeedForwardExperts,
+    LayerMetrics,
+    MaskedRouter,
+    MoeLayer,
+    RouterMask,
+    Slots,
+)
 from keras_moe.metrics import routing_statistics
 
 
@@ -194,6 +201,19 @@ def test_the_state_is_no_weight(tmp_path):
     model.save_weights(tmp_path / "model.weights.h5")
     plain = make_model(keras.layers.Activation("linear"))
     plain.load_weights(tmp_path / "model.weights.h5")
+
+
+def test_a_model_s_state_as_a_tree():
+    """With several routers, if each has a name of its own."""
+    inputs = x = keras.Input((8, 4))
+    for name in ("a", "b"):
+        router = MaskedRouter(3, name=f"{name}_router")
+        x = x + MoeLayer(FeedForwardExperts(3, 5), router, name=name)(x)
+    model = keras.Model(inputs, x)
+    model.compile("sgd", "mse")
+    tree = model.get_state_tree()
+    assert "a_router_running_means" in tree["non_trainable_variables"]
+    model.set_state_tree(tree)
 
 
 def test_loaded_and_cloned_models_report_alike(tmp_path):

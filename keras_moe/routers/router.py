@@ -116,7 +116,7 @@ class Router(LayerMetrics, keras.layers.Layer):
         for argument in GATE_ARGUMENTS:
             setattr(self, argument, getattr(self.router_weights, argument))
         if self.export_metrics is not False:
-            self.log = RoutingLog(self.num_experts)
+            self.log = RoutingLog(self.name, self.num_experts)
         self.input_spec = keras.InputSpec(ndim=3)
         self.supports_masking = True
 
