@@ -150,7 +150,7 @@ def on_jax(meshes):
 def example(*arguments):
     """Logs and weights of `examples/many_devices.py`."""
     with tempfile.TemporaryDirectory() as folder:
-        script = pathlib.Path(__file__).parents[1] / "examples" / "many_devices.py"
+        script = ROOT / "examples" / "many_devices.py"
         options = "--epochs=1", f"--output={folder}", *arguments
         run = [sys.executable, script, *options]
         subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
