@@ -238,7 +238,7 @@ def on_tensorflow(_):
         alone = fit(build_model(kind))
         with strategy.scope():
             model = build_model(kind)
-        yield compare(kind, "MirroredStrategy, two devices", fit(model), alone)
+        yield compare(kind, "MirroredStrategy", fit(model), alone)
 
 
 # PyTorch
@@ -252,13 +252,12 @@ def on_torch(_):
             arguments = processes, folder
             torch.multiprocessing.spawn(train_replica, arguments, processes)
         for kind in KINDS:
-            alone, *two = (
+            (logs, alone), (_, first), (both_logs, second) = (
                 replica_results(f"{folder}/{kind}-{replica}.npz")
                 for replica in ("0-of-1", "0-of-2", "1-of-2")
             )
-            for rank, found in enumerate(two):
-                where = f"DistributedDataParallel, process {rank} of two"
-                yield compare(kind, where, found, alone)
+            found, expected = (both_logs, first + second), (logs, alone + alone)
+            yield compare(kind, "DistributedDataParallel", found, expected)
 
 
 def replica_results(file):
@@ -308,23 +307,27 @@ def table(results):
         f"{HIDDEN}, f {D_FF}, {EXPERTS} experts,",
         f"k {K}. By how much do the losses and metrics of any step differ, and the",
         "weights after the last? A mesh `2x4` has two devices for the batch and four",
-        "for the experts; `8` has eight for both. Two processes train the model of",
-        "`examples/many_devices.py`. Bytes are those of the results that the",
-        "collectives of a training step hand to one device; in brackets, those of the",
-        "formulas.",
-        "",
-        "| | on | logs | weights | all-reduce | all-gather | all-to-all |",
-        "|---|---|---|---|---|---|---|",
+        "for the experts; `8` has eight for both. Two processes on JAX train the model",
+        "of `examples/many_devices.py`; TensorFlow's engine has two replicas, that of",
+        "PyTorch two processes. Bytes are those of the results that the collectives of",
+        "a training step hand to one device; in brackets, those of the formulas.",
     ]
-    for row in results:
-        cells = row["kind"], row["where"], f"{row['logs']:.0e}", f"{row['weights']:.0e}"
-        moved, expected = row.get("bytes", {}), row.get("formula", {})
-        moved = [
-            f"{moved[name]:,} ({expected.get(name, 0):,})" if name in moved else ""
-            for name in COLLECTIVES[:3]
-        ]
-        lines.append(f"| {' | '.join([*cells, *moved])} |")
+    for kind in KINDS:
+        lines += ["", f"## {kind.capitalize()}", ""]
+        lines += ["| on | logs | weights | all-reduce | all-gather | all-to-all |"]
+        lines += ["|---|---|---|---|---|---|"]
+        for row in results:
+            if row["kind"] == kind:
+                lines.append(f"| {' | '.join(cells(row))} |")
     return "\n".join(lines) + "\n"
+
+
+def cells(row):
+    yield from (row["where"], f"{row['logs']:.0e}", f"{row['weights']:.0e}")
+    moved, expected = row.get("bytes", {}), row.get("formula", {})
+    for name in COLLECTIVES[:3]:
+        found = name in moved
+        yield f"{moved[name]:,} ({expected.get(name, 0):,})" if found else ""
 
 
 if __name__ == "__main__":

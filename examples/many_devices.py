@@ -44,7 +44,11 @@ def start_here(options):
     addresses = ",".join([address] * options.processes)
     devices = f"--xla_force_host_platform_device_count={options.devices}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "XLA_FLAGS": flags}
+    # A sum over processes holds a thread till the other process has come to it. With
+    # a thread a device, which JAX would start, all may be held by different sums.
+    threads = str(8 * options.devices)
+    own = {"KERAS_BACKEND": "jax", "XLA_FLAGS": flags, "NPROC": threads}
+    environment = {**os.environ, **own}
     command = [sys.executable, *sys.argv, "--addresses", addresses, "--process"]
     processes = [
         subprocess.Popen([*command, str(i)], env=environment)
@@ -97,8 +101,6 @@ def main(options):
     mesh = [int(n) for n in options.mesh.split(",")]
     if "," in options.addresses:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        # On CPUs two steps at once wait for each other, now and then for ever.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
         count = options.addresses.count(",") + 1
         keras.distribution.initialize(options.addresses, count, options.process)
     mesh = keras.distribution.DeviceMesh(mesh, ["batch", "expert"])
