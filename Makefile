@@ -47,7 +47,7 @@ test-all: $(venv)/with-onnx
 	$(MAKE) test select= KERAS_BACKEND=tensorflow
 	$(MAKE) test select= KERAS_BACKEND=jax
 	$(MAKE) test select= KERAS_BACKEND=torch
-	$(bin)/python -m pytest --quiet tests/cross
+	$(bin)/python -m pytest --quiet --numprocesses 2 --dist loadfile tests/cross
 
 # Each in an environment of its own, made anew and removed again. Old versions of
 # JAX get wrong numbers from what they compiled and cached on a CPU.

@@ -19,7 +19,6 @@ WITHOUT_EXAMPLES = {
     "performance.md",
     "reference.md",
     "references.md",
-    "scaling.md",
     "tables.md",
 }
 PAPER = re.compile(r"https://(?:arxiv\.org/abs|doi\.org)/[\w./-]*\w")

@@ -1,5 +1,7 @@
 """Trains with a backup after each epoch: `resumable.py FOLDER EPOCHS`."""
 
+import contextlib
+import json
 import sys
 
 import keras
@@ -37,11 +39,19 @@ class Data(keras.utils.PyDataset):
         return self.x[step], self.y[step]
 
 
+class Backup(keras.callbacks.BackupAndRestore):
+    """Takes the weights where only the epoch, written after them, is unreadable."""
+
+    def on_train_begin(self, logs=None):
+        with contextlib.suppress(json.JSONDecodeError):
+            super().on_train_begin(logs)
+
+
 class Epochs(keras.callbacks.Callback):
     """Counts epochs by the optimizer's steps, which lie in a file with the weights.
 
-    `BackupAndRestore` writes the epoch into a second file, afterwards: between the
-    two, a process that is killed leaves the weights of one epoch more.
+    `BackupAndRestore` writes the epoch into a second file, afterwards: a process that
+    is killed between the two leaves the weights of one epoch more.
     """
 
     def __init__(self, data, epochs):
@@ -80,9 +90,7 @@ def train(folder, epochs):
         verbose=0,
         callbacks=[
             Epochs(data, epochs),
-            keras.callbacks.BackupAndRestore(
-                f"{folder}/backup", double_checkpoint=True
-            ),
+            Backup(f"{folder}/backup", double_checkpoint=True),
         ],
     )
     states = [*model.weights, *model.optimizer.variables]
