@@ -276,6 +276,7 @@ def train_replica(rank, processes, folder):
         rank=rank,
         world_size=processes,
     )
+    torch.set_num_threads(1)  # The other process needs a core too.
     own = BATCH // processes
     x, y = (torch.from_numpy(a[rank * own :][:own].copy()) for a in make_data())
     for kind in KINDS:
