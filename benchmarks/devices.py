@@ -45,7 +45,7 @@ COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
 # Not within groups of one device each, where nothing moves.
 OPERATION = re.compile(
     rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
-    r"(?!.*replica_groups=\{(\{\d+\},?)+\})"
+    r"(?!.*replica_groups=\{(?:\{\d+\},?)+\})"
 )
 ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
 # Means over what is filled, which a replica knows of itself alone.
@@ -193,7 +193,7 @@ def collectives(model):
     step = jax.jit(model.train_step, out_shardings=where)
     program = step.lower(tuple(state), data).compile().as_text()
     found = collections.Counter()
-    for results, name, _ in OPERATION.findall(program):
+    for results, name in OPERATION.findall(program):
         found[name] += sum(
             math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) // 8
             for _, bits, shape in ARRAY.findall(results)
