@@ -52,6 +52,9 @@ test-all: $(venv)/with-onnx
 # Each in an environment of its own, made anew and removed again. Old versions of
 # JAX get wrong numbers from what they compiled and cached on a CPU.
 test-matrix: export JAX_ENABLE_COMPILATION_CACHE := false
+# Only what every version knows.
+test-matrix: export XLA_FLAGS := --xla_backend_optimization_level=0 \
+	--xla_llvm_disable_expensive_passes=true
 test-matrix:
 	$(MAKE) test-versions venv=.venv-oldest constraints=constraints-oldest.txt
 	$(MAKE) test-versions venv=.venv-newest constraints=

@@ -33,28 +33,40 @@ np.savez(sys.argv[1] + "/data.npz", x=data, y=model.predict(data, verbose=0))
 """
 
 READ = """
+import pathlib
 import sys
 import keras
 import numpy as np
 import keras_moe
 
-model = keras.models.load_model(sys.argv[1] + "/model.keras", compile=False)
-data = np.load(sys.argv[1] + "/data.npz")
-new = keras.models.clone_model(model)
-new.load_weights(sys.argv[1] + "/checkpoint.weights.h5")
-for each in model, new:
-    found = each.predict(data["x"], verbose=0)
-    np.testing.assert_allclose(found, data["y"], atol=1e-4)
-model.compile("adam", "mse")
-before = model.evaluate(data["x"], data["x"], verbose=0, return_dict=True)["loss"]
-model.fit(data["x"], data["x"], epochs=30, verbose=0)
-after = model.evaluate(data["x"], data["x"], verbose=0, return_dict=True)["loss"]
-assert after < before, (before, after)
+folders = sorted(pathlib.Path(sys.argv[1]).iterdir())
+assert len(folders) == 3
+for folder in folders:
+    model = keras.models.load_model(folder / "model.keras", compile=False)
+    data = np.load(folder / "data.npz")
+    new = keras.models.clone_model(model)
+    new.load_weights(folder / "checkpoint.weights.h5")
+    for each in model, new:
+        found = each.predict(data["x"], verbose=0)
+        np.testing.assert_allclose(found, data["y"], atol=1e-4)
+    model.compile("adam", "mse")
+    before = model.evaluate(data["x"], data["x"], verbose=0, return_dict=True)["loss"]
+    model.fit(data["x"], data["x"], epochs=30, verbose=0)
+    after = model.evaluate(data["x"], data["x"], verbose=0, return_dict=True)["loss"]
+    assert after < before, (folder, before, after)
 """
 
 
-@pytest.mark.parametrize("written", BACKENDS)
-def test_a_file_loads_everywhere_and_trains_on(written, tmp_path):
-    run(WRITE, written, tmp_path)
-    for read in BACKENDS:
-        run(READ, read, tmp_path)
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder of files for each backend."""
+    folder = tmp_path_factory.mktemp("written")
+    for backend in BACKENDS:
+        (folder / backend).mkdir()
+        run(WRITE, backend, folder / backend)
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_files_of_all_backends_load_and_train_on(backend, written):
+    run(READ, backend, written)
