@@ -12,7 +12,7 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     script = TESTS.parent / "benchmarks" / "devices.py"
     for backend in BACKENDS:
-        arguments = "--meshes", "2x4", "8", "--output", folder
+        arguments = "--meshes", "2x4", "8x1", "8", "--output", folder
         run_python(script, *arguments, backend=backend)
     assert (folder / "devices.md").read_text().count("| 2x4 |") == 3
     return {
@@ -24,8 +24,8 @@ def measured(tmp_path_factory):
 @pytest.mark.parametrize(
     "backend, rows",
     [
-        # Three kinds of routing on two meshes, and two on two processes.
-        ("jax", 8),
+        # Three kinds of routing on three meshes, and two on two processes.
+        ("jax", 11),
         # Three kinds on two replicas.
         ("tensorflow", 3),
         # Three kinds on two processes.
@@ -44,7 +44,7 @@ def test_no_more_moves_than_has_to(measured):
     """But for what the router makes of `e` probabilities a token."""
     tokens, experts = 16 * 64, 16
     meshes = [row for row in measured["jax"] if "bytes" in row]
-    assert len(meshes) == 6
+    assert len(meshes) == 9
     for row in meshes:
         moved, expected = sum(row["bytes"].values()), sum(row["formula"].values())
         assert 0.99 * expected <= moved, row
