@@ -1,9 +1,9 @@
-"""What `keras_moe.accelerate` does for keras-hub's models.
+"""Benchmark of `keras_moe.accelerate` on models of keras-hub.
 
     KERAS_BACKEND=jax python benchmarks/acceleration.py [--output docs/benchmarks]
 
-measures small whole models as they are and accelerated, in turn, and writes
-`<backend>_accelerated.json`.
+Measures small models with and without acceleration, with interleaved timing, and
+writes `<backend>_accelerated.json`.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from timing import measure
 import keras_moe
 
 BATCH, LENGTH, PROMPT = 4, 256, 224
+# Arguments of all backbones.
 SMALL = {
     "vocabulary_size": 1000,
     "num_layers": 2,
@@ -26,7 +27,7 @@ SMALL = {
     "num_key_value_heads": 4,
     "hidden_dim": 256,
 }
-# The name of the model, and what is its own.
+# The name of each model, and the other arguments of its backbone.
 MODELS = {
     "Mixtral, 8 experts, k 2": (
         "Mixtral",
@@ -59,26 +60,40 @@ MODELS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--output", type=pathlib.Path, default="docs/benchmarks")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default="docs/benchmarks",
+        help="the folder of the results",
+    )
     folder = parser.parse_args().output
     results = {name: compare(*model) for name, model in MODELS.items()}
     file = folder / f"{keras.backend.backend()}_accelerated.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{file} is written.")
+    print(f"Wrote {file}.")
 
 
 def compare(kind, arguments):
-    """Times of both, and the largest difference of their outputs."""
-    plain, fast = (make(kind, arguments) for _ in range(2))
-    keras_moe.accelerate(fast)
-    for model in (plain, fast):
+    """Measures a model with and without acceleration.
+
+    Args:
+        kind: string, the prefix of the classes in keras-hub.
+        arguments: dict, arguments of the backbone.
+
+    Returns:
+        A dict of the times of `"plain"` and `"accelerated"`, the largest
+        `"difference"` of their outputs, and whether they generate the `"same_text"`.
+    """
+    plain, accelerated = (build_model(kind, arguments) for _ in range(2))
+    keras_moe.accelerate(accelerated)
+    for model in (plain, accelerated):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.SGD(1e-3), loss, sampler="greedy")
-    subjects = {"plain": Calls(plain), "accelerated": Calls(fast)}
-    expected, found = (np.asarray(s.forward()) for s in subjects.values())
+    subjects = {"plain": Subject(plain), "accelerated": Subject(accelerated)}
+    expected, actual = (np.asarray(s.forward()) for s in subjects.values())
     generated = [s.generate()["token_ids"] for s in subjects.values()]
     result = {
-        "difference": float(np.abs(found - expected).max()),
+        "difference": float(np.abs(actual - expected).max()),
         "same_text": bool(np.array_equal(*map(np.asarray, generated))),
         **measure(subjects, ("forward", "step", "generate"), rounds=5, seconds=30.0),
     }
@@ -89,7 +104,8 @@ def compare(kind, arguments):
     return result
 
 
-def make(kind, arguments):
+def build_model(kind, arguments):
+    """Creates a language model with random weights, always with the same seed."""
     keras.utils.set_random_seed(0)
     backbone = getattr(keras_hub.models, f"{kind}Backbone")(**SMALL, **arguments)
     return getattr(keras_hub.models, f"{kind}CausalLM")(
@@ -97,25 +113,29 @@ def make(kind, arguments):
     )
 
 
-class Calls:
-    """What is timed: outputs of a batch, a training step, and 32 new tokens."""
+class Subject:
+    """A model to measure: its forward pass, training step and text generation."""
 
     def __init__(self, model):
         self.model = model
         rng = np.random.default_rng(0)
         shape = (BATCH, LENGTH)
         self.tokens = rng.integers(1, 1000, size=shape).astype("int32")
-        self.all = np.ones(shape, "int32")
-        self.known = np.broadcast_to(np.arange(LENGTH) < PROMPT, shape).astype("int32")
+        self.full_mask = np.ones(shape, "int32")
+        in_prompt = np.arange(LENGTH) < PROMPT
+        self.prompt_mask = np.broadcast_to(in_prompt, shape).astype("int32")
 
     def forward(self):
-        return self.model.predict_on_batch(self._inputs(self.all))
+        """Returns the logits of a batch."""
+        return self.model.predict_on_batch(self._inputs(self.full_mask))
 
     def step(self):
-        return self.model.train_on_batch(self._inputs(self.all), self.tokens)
+        """Runs a training step."""
+        return self.model.train_on_batch(self._inputs(self.full_mask), self.tokens)
 
     def generate(self):
-        return self.model.generate(self._inputs(self.known), stop_token_ids=None)
+        """Returns the prompts, completed to `LENGTH` tokens."""
+        return self.model.generate(self._inputs(self.prompt_mask), stop_token_ids=None)
 
     def _inputs(self, mask):
         return {"token_ids": self.tokens, "padding_mask": mask}

@@ -1,10 +1,11 @@
-"""What a layer costs: against a dense one, against other packages', on each axis.
+"""Benchmark of MoE layers: compared with a dense layer and with other packages.
 
     KERAS_BACKEND=jax python benchmarks/bench.py [--quick] [--output docs/benchmarks]
 
-measures the layers of `subjects.py` through `train_on_batch` and
-`predict_on_batch`, in turn, and writes `<backend>.json`; `report.py` makes tables
-and pictures of it. With `--quick` it prints the base point's training step.
+The layers of `subjects.py` run through `train_on_batch` and `predict_on_batch`, with
+interleaved timing. Results are written to `<backend>.json`, from which `report.py`
+creates tables and figures. With `--quick`, only the layers at the base point are
+measured, and their training steps are printed.
 """
 
 import argparse
@@ -20,11 +21,12 @@ import statistics
 
 import keras
 import numpy as np
-from subjects import Point, of_layer, peers
+from subjects import Point, keras_subject, peers
 from timing import measure
 
 BASE = Point()
-AXES = {
+# One parameter at a time.
+PARAMETERS = {
     "experts": [Point(experts=n) for n in (8, 32, 256)],
     "examples": [Point(examples=n) for n in (8, 16, 128)],
     "group": [Point(group=1), Point(examples=32, group=32)],
@@ -32,39 +34,49 @@ AXES = {
     "width": [Point(width=n) for n in (256, 512)],
     "share": [Point(k=1, share=n) for n in (0.125, 1.0)],
 }
-# Where the time goes.
-# In the wide layer with fewer tokens, as shares are what it is for.
+# Where the time goes. The wide layer has fewer tokens, to save time: only its ratios
+# are of interest.
 PARTS = [Point(experts=64), Point(width=1024, examples=2)]
-# One token, k = 2: the forward pass of a model that writes.
+# The forward pass of one token, as in decoding.
 DECODING = [Point(experts=n, examples=1, length=1) for n in (8, 64, 256)]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="the base point alone")
-    parser.add_argument("--output", type=pathlib.Path, default="docs/benchmarks")
+    parser.add_argument("--quick", action="store_true", help="only the base point")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default="docs/benchmarks",
+        help="the folder of the results",
+    )
     options = parser.parse_args()
     if options.quick:
-        print_table(base_point())
+        print_table(measure_base())
         return
     results = {
         "machine": machine(),
-        "base": base_point(),
-        "parts": [parts(point) for point in PARTS],
-        "peers": {name: against(name, make) for name, make in peers().items()},
-        "axes": {
-            axis: [at(point, axis) for point in points] for axis, points in AXES.items()
+        "base": measure_base(),
+        "parts": [measure_parts(point) for point in PARTS],
+        "peers": {
+            name: compare_with_peer(name, make) for name, make in peers().items()
         },
-        "decoding": [at(point, "experts", ("forward",)) for point in DECODING],
+        "axes": {
+            parameter: [measure_point(point, parameter) for point in points]
+            for parameter, points in PARAMETERS.items()
+        },
+        "decoding": [
+            measure_point(point, "experts", ("forward",)) for point in DECODING
+        ],
     }
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{keras.backend.backend()}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{file} is written.")
+    print(f"Wrote {file}.")
 
 
-def base_point():
-    """With 8 and 64 experts, on TensorFlow with XLA too."""
+def measure_base():
+    """Measures layers with 8 and 64 experts; on TensorFlow, some also with XLA."""
     x = BASE.inputs()
     layers = {"dense": BASE.dense()}
     many = dataclasses.replace(BASE, experts=64)
@@ -76,7 +88,7 @@ def base_point():
         )
         layers[f"experts choose, {experts} experts"] = point.experts_choose()
     layers["only updating the weights of 64 experts"] = many.weights()
-    subjects = {name: of_layer(layer, x) for name, layer in layers.items()}
+    subjects = {name: keras_subject(layer, x) for name, layer in layers.items()}
     if keras.backend.backend() == "tensorflow":
         compiled = {
             "dense, XLA": BASE.dense(),
@@ -84,40 +96,54 @@ def base_point():
             "tokens choose, 64 experts, XLA": many.tokens_choose(2.0),
         }
         for name, layer in compiled.items():
-            subjects[name] = of_layer(layer, x, jit_compile=True)
-    return said("The base point", measure(subjects))
+            subjects[name] = keras_subject(layer, x, jit_compile=True)
+    return report_medians("The base point", measure(subjects))
 
 
-def against(name, make):
-    """A peer and ours, on equal weights, with the difference of their outputs."""
+def compare_with_peer(name, make):
+    """Measures a layer of another package and ours, with equal weights.
+
+    Args:
+        name: string, the name of the comparison.
+        make: function that creates the two subjects, `(theirs, ours)`.
+
+    Returns:
+        A dict of the times of `"theirs"` and `"ours"`, and of the `"difference"` of
+        their outputs, relative to the largest output.
+    """
     theirs, ours = make()
-    expected, found = (np.asarray(s.forward()) for s in (theirs, ours))
-    difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+    expected, actual = (np.asarray(s.forward()) for s in (theirs, ours))
+    difference = float(np.abs(actual - expected).max() / np.abs(expected).max())
     times = measure({"theirs": theirs, "ours": ours})
-    return said(name, {"difference": difference, **times})
+    return report_medians(name, {"difference": difference, **times})
 
 
-def at(point, axis, kinds=("step",)):
-    value = getattr(point, axis)
-    return said(f"{axis} {value}", {axis: value, **times_at(point, kinds)})
+def measure_point(point, parameter, kinds=("step",)):
+    """Measures the models of a point, and records the value of its parameter."""
+    value = getattr(point, parameter)
+    return report_medians(
+        f"{parameter} {value}", {parameter: value, **measure_models(point, kinds)}
+    )
 
 
 @functools.cache
-def times_at(point, kinds):
-    """Once for a point that lies on several axes."""
+def measure_models(point, kinds):
+    """Measures the models of a point, once if several parameters include the point."""
     return measure(point.models(), kinds, rounds=3, seconds=3.0)
 
 
-def parts(point):
-    """The layer beside its parts."""
+def measure_parts(point):
+    """Measures the models of a point and their parts."""
     subjects = {**point.models(), **point.parts()}
     times = measure(subjects, ("step",), seconds=3.0)
     name = f"Parts: {point.experts} experts, h {point.width}"
-    return said(name, {"experts": point.experts, "width": point.width, **times})
+    return report_medians(
+        name, {"experts": point.experts, "width": point.width, **times}
+    )
 
 
-def said(name, results):
-    """Prints the medians on the way, and clears what the models left behind."""
+def report_medians(name, results):
+    """Prints the medians of a measurement, frees its models and returns its results."""
     print(f"\n{name}")
     for subject, kinds in results.items():
         if isinstance(kinds, dict):
@@ -131,6 +157,7 @@ def said(name, results):
 
 
 def machine():
+    """Returns the processor and the versions of the software."""
     backend = keras.backend.backend()
     return {
         "processor": processor(),
@@ -142,6 +169,7 @@ def machine():
 
 
 def processor():
+    """Returns the model name of the processor."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -150,14 +178,15 @@ def processor():
 
 
 def print_table(results):
+    """Prints the training steps of `measure_base`, with ratios to the dense layer."""
     row = "{:<40}{:>10}{:>10}{:>10}{:>8}"
     print(row.format("training step, ms", "median", "min", "max", "ratio"))
     dense = statistics.median(results["dense"]["step"]["ms"])
     for name, result in results.items():
         ms = result["step"]["ms"]
         median = statistics.median(ms)
-        figures = [f"{x:.1f}" for x in (median, min(ms), max(ms))]
-        print(row.format(name, *figures, f"{median / dense:.2f}"))
+        times = [f"{x:.1f}" for x in (median, min(ms), max(ms))]
+        print(row.format(name, *times, f"{median / dense:.2f}"))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,17 @@
-"""Training on several devices against one: differences, and bytes that move.
+"""Comparison of training on several devices with training on one.
 
     KERAS_BACKEND=jax python benchmarks/devices.py [--meshes 2x4 8x1 8]
 
-trains small models by the backend's own engine, and again on one device: JAX on
-meshes of virtual CPU devices and on two processes (`examples/many_devices.py`),
-TensorFlow by `MirroredStrategy` on two logical CPUs, PyTorch by
-`DistributedDataParallel` on two processes. On meshes it reads the collectives off the
-compiled training step, and holds their bytes beside those of the formulas in
-docs/scaling.md. A mesh `2x4` has two devices for the batch and four for the experts;
-`8` has eight for both. Written are `devices_<backend>.json`, and with what the other
-backends have left there, `devices.md`.
+Trains small models with the distribution engine of the backend, and again on one
+device: on JAX on meshes of virtual CPU devices and on two processes
+(`examples/many_devices.py`), on TensorFlow with `MirroredStrategy` on two logical CPUs,
+on PyTorch with `DistributedDataParallel` on two processes. For meshes it reads the
+collectives of the compiled training step, and compares their bytes with the formulas of
+docs/scaling.md.
+
+A mesh `2x4` has two devices for the batch and four for the experts; a mesh `8` has
+eight for both. Results are written to `devices_<backend>.json`, and those of all
+backends to `devices.md`.
 """
 
 import argparse
@@ -34,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BATCH, LENGTH, HIDDEN, D_FF, EXPERTS, K = 16, 64, 64, 128, 16, 2
 STEPS = 20
 TOP_K = keras_moe.MaskedRouter, {"num_selected_experts": K}
-# Each with a capacity factor.
+# A router, its arguments and the capacity factor.
 KINDS = {
     "tokens choose": (*TOP_K, float(K)),
     "dropless": (*TOP_K, None),
@@ -42,38 +44,50 @@ KINDS = {
 }
 MESHES = ["1x2", "2x1", "1x4", "2x2", "4x1", "1x8", "2x4", "4x2", "8x1", "2", "4", "8"]
 COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
-# Not within groups of one device each, where nothing moves.
+# A collective in a compiled program, with the type of its results. Collectives whose
+# replica groups have one device each are skipped: they move no data.
 OPERATION = re.compile(
     rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\("
     r"(?!.*replica_groups=\{(?:\{\d+\},?)+\})"
 )
 ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
-# Means over what is filled, which a replica knows of itself alone.
-MEANS_OF_REPLICAS = "moe/router_confidence", "moe/expert_usage"
+# Means over filled slots. Each replica computes them for its own tokens, and the mean
+# over replicas may differ from that of the joint batch.
+REPLICA_MEANS = "moe/router_confidence", "moe/expert_usage"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--meshes", nargs="*", default=MESHES)
-    parser.add_argument("--output", type=pathlib.Path, default="docs/benchmarks")
+    parser.add_argument("--meshes", nargs="*", default=MESHES, help="only on JAX")
+    parser.add_argument(
+        "--output",
+        type=pathlib.Path,
+        default="docs/benchmarks",
+        help="the folder of the results",
+    )
     options = parser.parse_args()
-    engine = {"jax": on_jax, "tensorflow": on_tensorflow, "torch": on_torch}[BACKEND]
+    compare_engine = {
+        "jax": compare_jax,
+        "tensorflow": compare_tensorflow,
+        "torch": compare_torch,
+    }[BACKEND]
     results = []
-    for result in engine(options.meshes):
+    for result in compare_engine(options.meshes):
         print(result, flush=True)
         results.append(result)
     options.output.mkdir(parents=True, exist_ok=True)
     files = {name: options.output / f"devices_{name}.json" for name in BACKENDS}
     files[BACKEND].write_text(json.dumps(results, indent=1) + "\n")
-    written = [json.loads(f.read_text()) for f in files.values() if f.exists()]
-    results = [result for results in written for result in results]
-    (options.output / "devices.md").write_text(table(results))
+    by_backend = [json.loads(f.read_text()) for f in files.values() if f.exists()]
+    results = [result for results in by_backend for result in results]
+    (options.output / "devices.md").write_text(page(results))
 
 
-# The model, its data, and what is compared
+# The model, its data and the comparison
 
 
 def build_model(kind):
+    """Creates a compiled model with one MoE layer, always with the same weights."""
     keras.utils.set_random_seed(0)
     router, arguments, factor = KINDS[kind]
     inputs = keras.Input((LENGTH, HIDDEN))
@@ -91,75 +105,96 @@ def build_model(kind):
 
 
 def make_data():
+    """Returns the inputs and the targets of one batch."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(BATCH, LENGTH, HIDDEN)).astype("float32")
     y = np.tanh(x[..., ::-1])
-    # As much padding in each half: losses are means over what a replica holds.
+    # Both halves have the same number of masked tokens, since losses are means over
+    # the tokens of a replica.
     x[1 :: BATCH // 2, LENGTH // 2 :] = 0
     return x, y
 
 
 def fit(model):
-    """Logs by name, and weights."""
+    """Trains a model, and returns its logs by name and its weights."""
     logs = model.fit(
         *make_data(), batch_size=BATCH, epochs=STEPS, shuffle=False, verbose=0
     )
     return logs.history, model.get_weights()
 
 
-def compare(kind, where, found, alone):
-    """How far logs and weights are from those of one device."""
-    (logs, weights), (logs_alone, weights_alone) = found, alone
-    logs = {name: largest([logs[name]], [x]) for name, x in logs_alone.items()}
+def compare(kind, where, actual, expected):
+    """Compares logs and weights with those of one device.
+
+    Args:
+        kind: string, a key of `KINDS`.
+        where: string, the mesh or the engine.
+        actual: logs and weights on several devices, see `fit`.
+        expected: logs and weights on one device.
+
+    Returns:
+        A dict with the largest differences of `"logs"`, of `"means of replicas"`
+        (metrics that the other logs do not include) and of `"weights"`.
+    """
+    (logs, weights), (expected_logs, expected_weights) = actual, expected
+    differences = {
+        name: largest_difference([logs[name]], [x]) for name, x in expected_logs.items()
+    }
     return {
         "kind": kind,
         "where": where,
-        "means of replicas": max(logs.pop(n, 0.0) for n in MEANS_OF_REPLICAS),
-        "logs": max(logs.values()),
-        "weights": largest(weights, weights_alone),
+        "means of replicas": max(differences.pop(n, 0.0) for n in REPLICA_MEANS),
+        "logs": max(differences.values()),
+        "weights": largest_difference(weights, expected_weights),
     }
 
 
-def largest(found, alone):
-    """The largest difference of two lists of arrays."""
-    pairs = zip(found, alone, strict=True)
+def largest_difference(actual, expected):
+    """Returns the largest absolute difference of two lists of arrays."""
+    pairs = zip(actual, expected, strict=True)
     return float(max(np.abs(np.subtract(a, b)).max() for a, b in pairs))
 
 
 # JAX
 
 
-def on_jax(meshes):
+def compare_jax(meshes):
+    """Yields the comparisons on meshes and on two processes."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
     for kind in KINDS:
-        alone = fit(build_model(kind))
+        expected = fit(build_model(kind))
         for mesh in meshes:
             keras.distribution.set_distribution(distribution(mesh))
             model = build_model(kind)
-            found = fit(model)
-            moved = {"bytes": collectives(model), "formula": formula(kind, mesh)}
+            actual = fit(model)
+            moved = {
+                "bytes": collective_bytes(model),
+                "formula": expected_bytes(kind, mesh),
+            }
             keras.distribution.set_distribution(None)
-            yield compare(kind, mesh, found, alone) | moved
+            yield compare(kind, mesh, actual, expected) | moved
     for kind, arguments in ("tokens choose", []), ("dropless", ["--dropless"]):
-        alone = example("--processes=1", "--devices=1", "--mesh=1,1", *arguments)
-        yield compare(kind, "2x4, two processes", example(*arguments), alone)
+        expected = run_example("--processes=1", "--devices=1", "--mesh=1,1", *arguments)
+        actual = run_example(*arguments)
+        yield compare(kind, "2x4, two processes", actual, expected)
 
 
-def example(*arguments):
-    """Logs and weights of `examples/many_devices.py`."""
+def run_example(*arguments):
+    """Returns the loss and the weights of `examples/many_devices.py`."""
     with tempfile.TemporaryDirectory() as folder:
         script = ROOT / "examples" / "many_devices.py"
         options = "--epochs=1", f"--output={folder}", *arguments
-        run = [sys.executable, script, *options]
-        subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, script, *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         model = keras.models.load_model(f"{folder}/model.keras")
         return {"loss": np.load(f"{folder}/loss.npy")}, model.get_weights()
 
 
 def distribution(mesh):
-    shape = sizes(mesh)
+    """Creates the `ModelParallel` distribution of a mesh such as `"2x4"`."""
+    shape = mesh_shape(mesh)
     devices = keras.distribution.list_devices()[: math.prod(shape)]
     names = ["batch", "expert"][: len(shape)]
     mesh = keras.distribution.DeviceMesh(shape, names, devices)
@@ -169,12 +204,13 @@ def distribution(mesh):
     )
 
 
-def sizes(mesh):
+def mesh_shape(mesh):
+    """Returns the sizes of the axes of a mesh such as `"2x4"`."""
     return [int(n) for n in mesh.split("x")]
 
 
-def collectives(model):
-    """Bytes by collective, of the results that one device gets in a step."""
+def collective_bytes(model):
+    """Returns the bytes that each kind of collective returns to a device in a step."""
     import jax
 
     state = [
@@ -189,62 +225,65 @@ def collectives(model):
     data = make_data()
     layout = keras.distribution.distribution().get_data_layout(data[0].shape)
     data = tuple(keras.distribution.distribute_tensor(a, layout) for a in data)
-    where = None, tuple(jax.tree.map(lambda value: value.sharding, state))
-    step = jax.jit(model.train_step, out_shardings=where)
+    shardings = None, tuple(jax.tree.map(lambda value: value.sharding, state))
+    step = jax.jit(model.train_step, out_shardings=shardings)
     program = step.lower(tuple(state), data).compile().as_text()
-    found = collections.Counter()
+    moved = collections.Counter()
     for results, name in OPERATION.findall(program):
-        found[name] += sum(
+        moved[name] += sum(
             math.prod(map(int, filter(None, shape.split(",")))) * int(bits or 8) // 8
             for _, bits, shape in ARRAY.findall(results)
         )
-    return dict(found)
+    return dict(moved)
 
 
-def formula(kind, mesh):
-    """The bytes that have to move, as docs/scaling.md has them."""
-    batch, *experts = sizes(mesh)
+def expected_bytes(kind, mesh):
+    """Returns the bytes of each collective by the formulas of docs/scaling.md."""
+    batch, *experts = mesh_shape(mesh)
     tokens = 4 * BATCH * LENGTH // batch * HIDDEN
-    of_experts = 4 * EXPERTS * (2 * HIDDEN * D_FF + HIDDEN + D_FF)
-    rest = 4 * (HIDDEN * HIDDEN + HIDDEN + HIDDEN * EXPERTS + EXPERTS)
+    expert_weights = 4 * EXPERTS * (2 * HIDDEN * D_FF + HIDDEN + D_FF)
+    other_weights = 4 * (HIDDEN * HIDDEN + HIDDEN + HIDDEN * EXPERTS + EXPERTS)
     moved = collections.Counter()
     if experts:
         if experts[0] > 1:
             moved["all-reduce"] += 2 * tokens
         if batch > 1:
-            moved["all-reduce"] += of_experts // experts[0] + rest
+            moved["all-reduce"] += expert_weights // experts[0] + other_weights
     elif kind == "dropless":
-        moved["all-gather"] += of_experts
-        moved["all-reduce"] += of_experts + rest
+        moved["all-gather"] += expert_weights
+        moved["all-reduce"] += expert_weights + other_weights
     else:
         moved["all-to-all"] += 4 * K * tokens
-        moved["all-reduce"] += rest
+        moved["all-reduce"] += other_weights
     return dict(moved)
 
 
 # TensorFlow
 
 
-def on_tensorflow(_):
+def compare_tensorflow(_):
+    """Yields the comparisons with two replicas of a `MirroredStrategy`."""
     import tensorflow as tf
 
-    # With it, an update of weights may overtake a read, on a CPU without XLA.
+    # With this optimization, weights may be updated before they are read, on a CPU
+    # without XLA.
     tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
     (cpu,) = tf.config.list_physical_devices("CPU")
     two = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, two)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     for kind in KINDS:
-        alone = fit(build_model(kind))
+        expected = fit(build_model(kind))
         with strategy.scope():
             model = build_model(kind)
-        yield compare(kind, "MirroredStrategy", fit(model), alone)
+        yield compare(kind, "MirroredStrategy", fit(model), expected)
 
 
 # PyTorch
 
 
-def on_torch(_):
+def compare_torch(_):
+    """Yields the comparisons with two processes of `DistributedDataParallel`."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
@@ -252,22 +291,22 @@ def on_torch(_):
             arguments = processes, folder
             torch.multiprocessing.spawn(train_replica, arguments, processes)
         for kind in KINDS:
-            (logs, alone), (_, first), (both_logs, second) = (
+            (expected_logs, weights), (_, first), (logs, second) = (
                 replica_results(f"{folder}/{kind}-{replica}.npz")
                 for replica in ("0-of-1", "0-of-2", "1-of-2")
             )
-            found, expected = (both_logs, first + second), (logs, alone + alone)
-            yield compare(kind, "DistributedDataParallel", found, expected)
+            actual, expected = (logs, first + second), (expected_logs, 2 * weights)
+            yield compare(kind, "DistributedDataParallel", actual, expected)
 
 
 def replica_results(file):
-    """Logs and weights of a process."""
+    """Returns the losses and the weights of a process."""
     results = dict(np.load(file))
     return {"loss": results.pop("loss")}, list(results.values())
 
 
 def train_replica(rank, processes, folder):
-    """Trains on this process's part of each batch, in a loop of one's own."""
+    """Trains on this process's part of each batch, in a custom training loop."""
     import torch
 
     torch.distributed.init_process_group(
@@ -276,9 +315,9 @@ def train_replica(rank, processes, folder):
         rank=rank,
         world_size=processes,
     )
-    torch.set_num_threads(1)  # The other process needs a core too.
-    own = BATCH // processes
-    x, y = (torch.from_numpy(a[rank * own :][:own].copy()) for a in make_data())
+    torch.set_num_threads(1)  # Leaves a core to the other process.
+    size = BATCH // processes
+    x, y = (torch.from_numpy(a[rank * size :][:size].copy()) for a in make_data())
     for kind in KINDS:
         model = build_model(kind)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
@@ -299,24 +338,37 @@ def train_replica(rank, processes, folder):
     torch.distributed.destroy_process_group()
 
 
-def table(results):
+# The page
+
+
+def page(results):
+    """Returns the Markdown page of all results."""
     lines = [
         "# Measurements on several devices",
         "",
-        "Written by `make bench-devices`; [Scaling](../scaling.md) explains it.",
-        f"Several devices against one: {STEPS} steps of {BATCH} × {LENGTH} tokens, h "
-        f"{HIDDEN}, f {D_FF}, {EXPERTS} experts,",
-        f"k {K}. By how much do the losses and metrics of any step differ, and the",
-        "weights after the last? A mesh `2x4` has two devices for the batch and four",
-        "for the experts; `8` has eight for both. Two processes on JAX train the model",
-        "of `examples/many_devices.py`; TensorFlow's engine has two replicas, that of",
-        "PyTorch two processes. Bytes are those of the results that the collectives of",
-        "a training step hand to one device; in brackets, those of the formulas.",
+        "Generated by `make bench-devices`. [Scaling](../scaling.md) explains the "
+        "results.",
+        "",
+        "Training on several devices is compared with training on one device: "
+        f"{STEPS} steps of",
+        f"{BATCH} × {LENGTH} tokens, h {HIDDEN}, f {D_FF}, {EXPERTS} experts, k {K}.",
+        "",
+        "- Mesh or engine: a mesh `2x4` has two devices for the batch and four for",
+        "  the experts; a mesh `8` has eight for both. Two processes on JAX train the",
+        "  model of `examples/many_devices.py`. `MirroredStrategy` (TensorFlow) has",
+        "  two replicas, `DistributedDataParallel` (PyTorch) two processes.",
+        "- Logs: the largest absolute difference of losses and metrics in any step.",
+        "  With two processes, only the loss is compared. `router_confidence` and",
+        "  `expert_usage` are left out, since each replica computes its own.",
+        "- Weights: the largest absolute difference after the last step.",
+        "- All-reduce, all-gather, all-to-all: the bytes that these collectives return",
+        "  to one device in a training step and, in parentheses, the bytes by the",
+        "  formulas in [Scaling](../scaling.md#memory-and-communication).",
     ]
     for kind in KINDS:
         lines += ["", f"## {kind.capitalize()}", ""]
-        lines += ["| on | logs | weights | all-reduce | all-gather | all-to-all |"]
-        lines += ["|---|---|---|---|---|---|"]
+        header = "mesh or engine", "logs", "weights", *COLLECTIVES[:3]
+        lines += [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
         for row in results:
             if row["kind"] == kind:
                 lines.append(f"| {' | '.join(cells(row))} |")
@@ -324,11 +376,12 @@ def table(results):
 
 
 def cells(row):
+    """Yields the cells of a table row."""
     yield from (row["where"], f"{row['logs']:.0e}", f"{row['weights']:.0e}")
     moved, expected = row.get("bytes", {}), row.get("formula", {})
     for name in COLLECTIVES[:3]:
-        found = name in moved
-        yield f"{moved[name]:,} ({expected.get(name, 0):,})" if found else ""
+        is_used = name in moved
+        yield f"{moved[name]:,} ({expected.get(name, 0):,})" if is_used else ""
 
 
 if __name__ == "__main__":

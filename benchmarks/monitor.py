@@ -1,9 +1,10 @@
-"""What watching costs: `fit` without metrics, with them, and with a monitor.
+"""Benchmark of `RoutingMonitor` and of metrics: the time of a training step.
 
     KERAS_BACKEND=jax python benchmarks/monitor.py
 
-prints the medians of a step of a small layer, of all ways in turn, and what each
-takes more than metrics alone, in milliseconds.
+Trains a small layer without metrics, with metrics, and with a monitor, with
+interleaved timing. For each of these it prints the median time of a training step, and
+the median of the differences to metrics alone, in milliseconds.
 """
 
 import itertools
@@ -15,32 +16,36 @@ from subjects import Point
 
 import keras_moe
 
-# A small layer, next to which the cost of watching can be seen.
+# A small layer, so that the cost of monitoring is visible.
 POINT = Point(examples=1, width=64)
 STEPS, ROUNDS = 100, 9
-# `export_metrics`, and the arguments of a monitor.
-WAYS = {
+# `export_metrics`, and the arguments of the monitor (`None` for no monitor).
+CONFIGURATIONS = {
     "no metrics": (False, None),
     "metrics": (True, None),
-    "metrics, a monitor": (True, {}),
-    "metrics, a monitor with every=10": (True, {"every": 10}),
-    "metrics, a monitor with every=1": (True, {"every": 1}),
+    "metrics, monitor": (True, {}),
+    "metrics, monitor with every=10": (True, {"every": 10}),
+    "metrics, monitor with every=1": (True, {"every": 1}),
 }
 
 
 def main():
     x = POINT.inputs()
-    models = {name: make(x.shape[1:], metrics) for name, (metrics, _) in WAYS.items()}
-    times = {name: [] for name in WAYS}
+    models = {
+        name: build_model(x.shape[1:], metrics)
+        for name, (metrics, _) in CONFIGURATIONS.items()
+    }
+    times = {name: [] for name in CONFIGURATIONS}
     for _ in range(ROUNDS + 1):
-        for name, (_, monitor) in WAYS.items():
-            times[name].append(milliseconds(models[name], x, monitor))
-    for name, (_, *ms) in times.items():  # The first has compiled.
-        more = np.subtract(ms, times["metrics"][1:])
-        print(f"{name:<36}{np.median(ms):>8.2f} ms{np.median(more):>+8.2f}")
+        for name, (_, monitor) in CONFIGURATIONS.items():
+            times[name].append(step_milliseconds(models[name], x, monitor))
+    for name, (_, *ms) in times.items():  # The first epoch includes compilation.
+        difference = np.subtract(ms, times["metrics"][1:])
+        print(f"{name:<36}{np.median(ms):>8.2f} ms{np.median(difference):>+8.2f}")
 
 
-def make(shape, metrics):
+def build_model(shape, metrics):
+    """Creates a compiled model of one MoE layer, with or without metrics."""
     layer = keras_moe.MoeLayer(
         keras_moe.FeedForwardExperts(POINT.experts, POINT.d_ff),
         keras_moe.MaskedRouter(
@@ -56,8 +61,8 @@ def make(shape, metrics):
     return model
 
 
-def milliseconds(model, x, monitor):
-    """Of a step, in an epoch of some steps."""
+def step_milliseconds(model, x, monitor):
+    """Returns the mean time of a training step in one epoch, in milliseconds."""
     callbacks = []
     if monitor is not None:
         callbacks = [keras_moe.callbacks.RoutingMonitor(**monitor)]

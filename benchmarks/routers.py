@@ -1,9 +1,9 @@
-"""The demo's model with each router: what it learns in a few steps, and how.
+"""Comparison of routers in a small language model.
 
     python benchmarks/routers.py [--steps 500] [--only BiasBalanced]
 
-prints a Markdown table. The models are those of `examples/char_lm.py`, with the
-same text, batches and seed; only the MoE layers differ.
+Trains the model of `examples/char_lm.py` with each router, with the same text, batches
+and seed, and prints a Markdown table. Only the MoE layers differ.
 """
 
 import argparse
@@ -21,20 +21,33 @@ char_lm = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(char_lm)
 
 METRICS = ("load_balancing_loss", "fraction_tokens_left_behind")
-E = char_lm.EXPERTS
+EXPERTS = 8  # each as wide as the dense layer
 
 
 def experts():
+    """Creates the experts of one layer."""
     return keras_moe.FeedForwardExperts(
-        E, char_lm.D_FF, kernel_initializer=char_lm.INITIALIZER
+        EXPERTS, char_lm.D_FF, kernel_initializer=char_lm.INITIALIZER
     )
 
 
-def routed(router, train=1.25, evaluation=2.0, **arguments):
+def moe_layer_with(router, train=1.25, evaluation=2.0, **arguments):
+    """Returns a function that creates a `MoeLayer` with a router.
+
+    Args:
+        router: subclass of `keras_moe.Router`.
+        train: float, the capacity factor in training, or `None`. Defaults to 1.25.
+        evaluation: float, the capacity factor in inference, or `None`. Defaults to 2.
+        **arguments: forwarded to `router`.
+
+    Returns:
+        A function of the layer's name.
+    """
+
     def make(name):
         return keras_moe.MoeLayer(
             experts(),
-            router(E, export_metrics=METRICS, **arguments),
+            router(EXPERTS, export_metrics=METRICS, **arguments),
             train_capacity_factor=train,
             eval_capacity_factor=evaluation,
             name=name,
@@ -43,48 +56,50 @@ def routed(router, train=1.25, evaluation=2.0, **arguments):
     return make
 
 
-def hierarchical(name):
+def hierarchical_layer(name):
+    """Creates a `HierarchicalMoeLayer` with two groups of experts."""
     outer, inner = (
         keras_moe.Top2MaskedRouter(n, name=level, export_metrics=METRICS)
-        for n, level in ((2, "outer"), (E // 2, "inner"))
+        for n, level in ((2, "outer"), (EXPERTS // 2, "inner"))
     )
     return keras_moe.HierarchicalMoeLayer(experts(), outer, inner, name=name)
 
 
-def soft(name):
-    slots = char_lm.LENGTH // E
+def soft_layer(name):
+    """Creates a `SoftMoeLayer` with as many slots as tokens."""
+    slots = char_lm.LENGTH // EXPERTS
     return keras_moe.SoftMoeLayer(experts(), slots_per_expert=slots, name=name)
 
 
 MODELS = {
     "dense": char_lm.dense_layer,
-    "`MaskedRouter`": routed(keras_moe.MaskedRouter),
-    "`MaskedRouter`, dropless": routed(keras_moe.MaskedRouter, None, None),
-    '`MaskedRouter(priority="probability")`, not causal': routed(
+    "`MaskedRouter`": moe_layer_with(keras_moe.MaskedRouter),
+    "`MaskedRouter`, dropless": moe_layer_with(keras_moe.MaskedRouter, None, None),
+    '`MaskedRouter(priority="probability")`, not causal': moe_layer_with(
         keras_moe.MaskedRouter, priority="probability"
     ),
-    '`MaskedRouter(overflow="next_best")`': routed(
+    '`MaskedRouter(overflow="next_best")`': moe_layer_with(
         keras_moe.MaskedRouter, priority="token", overflow="next_best"
     ),
-    "`MaskedRouter`, k = 2": routed(
+    "`MaskedRouter`, k = 2": moe_layer_with(
         keras_moe.MaskedRouter, 2.5, 4.0, num_selected_experts=2, priority="token"
     ),
-    "`Top2MaskedRouter`, not causal": routed(keras_moe.Top2MaskedRouter),
-    "`BiasBalancedMaskedRouter`": routed(
+    "`Top2MaskedRouter`, not causal": moe_layer_with(keras_moe.Top2MaskedRouter),
+    "`BiasBalancedMaskedRouter`": moe_layer_with(
         keras_moe.BiasBalancedMaskedRouter, bias_update_rate=0.01
     ),
-    "`ExpertsChooseMaskedRouter`, not causal": routed(
+    "`ExpertsChooseMaskedRouter`, not causal": moe_layer_with(
         keras_moe.ExpertsChooseMaskedRouter, 1.0, 1.0
     ),
-    "`HierarchicalMoeLayer`, not causal": hierarchical,
-    "`SoftMoeLayer`, not causal": soft,
+    "`HierarchicalMoeLayer`, not causal": hierarchical_layer,
+    "`SoftMoeLayer`, not causal": soft_layer,
 }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--only", default="", help="a part of a row's name")
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
+    parser.add_argument("--only", default="", help="a part of the names of rows")
     options = parser.parse_args()
     char_lm.EPOCHS = 1
     text, held_out, alphabet = char_lm.read_text()
@@ -96,19 +111,19 @@ def main():
         model = char_lm.build_model(MODELS[name], len(alphabet))
         results = char_lm.train(model, text, held_out, options.steps, seed=0)
         logs = model.evaluate(*held_out, batch_size=16, return_dict=True, verbose=0)
-        figures = [logs["bits"], *(mean_of(logs, metric) for metric in METRICS)]
-        cells = ["" if f is None else f"{f:.3f}" for f in figures]
+        values = [logs["bits"], *(mean_over_layers(logs, x) for x in METRICS)]
+        cells = ["" if value is None else f"{value:.3f}" for value in values]
         cells.append(f"{results['milliseconds']:.0f}")
         rows.append(f"| {name} | {' | '.join(cells)} |")
-    print("\n| router | held-out bits | balance loss | left behind | ms per step |")
+    print("\n| router | held-out bits | balance loss | dropped | ms per step |")
     print("|---|---|---|---|---|")
     print("\n".join(rows))
 
 
-def mean_of(logs, metric):
-    """Over the layers; `None` where there is none."""
-    found = [value for name, value in logs.items() if name.endswith(metric)]
-    return np.mean(found) if found else None
+def mean_over_layers(logs, metric):
+    """Returns the mean of a metric over all layers that have it, or `None`."""
+    values = [value for name, value in logs.items() if name.endswith(metric)]
+    return np.mean(values) if values else None
 
 
 if __name__ == "__main__":

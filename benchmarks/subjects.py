@@ -1,4 +1,4 @@
-"""What is measured: models of one layer, ours and those of other packages."""
+"""Models to measure: single layers of this package and of other packages."""
 
 import dataclasses
 import importlib.util
@@ -12,14 +12,19 @@ import numpy as np
 
 import keras_moe
 
-# The other packages' layers with the weights of ours.
+# Its modules pair layers of other packages with ours, with equal weights.
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests" / "peers"))
 
 LENGTH = 512
 
 
 class Subject(NamedTuple):
-    """Two functions without arguments: outputs of a batch, and a training step."""
+    """A model to measure, as two functions without arguments.
+
+    Attributes:
+        forward: function that computes the outputs of a batch.
+        step: function that runs a training step.
+    """
 
     forward: Callable
     step: Callable
@@ -27,17 +32,18 @@ class Subject(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """Where a layer is measured.
+    """The parameters of a measurement, and the models and inputs that they define.
 
     Attributes:
-        experts: int.
-        examples: int, of 512 tokens each.
-        group: int, examples in a group; `None` for all.
-        k: int, experts of a token.
-        width: int, `h`; the experts' inner width is four times as large.
-        share: float, the share of tokens that the gate sends to the first
-            expert (`k = 1`); `None` for what an untrained gate does.
-        length: int, tokens of an example.
+        experts: int, the number of experts.
+        examples: int, the number of examples in a batch.
+        group: int, the number of examples in a group; `None` for the whole batch.
+        k: int, the number of experts per token.
+        width: int, the hidden size `h`. The inner layer of an expert is four times as
+            wide.
+        share: float, the fraction of tokens that the router sends to the first expert
+            (for `k = 1`); `None` for an untrained gate.
+        length: int, the number of tokens per example.
     """
 
     experts: int = 8
@@ -50,25 +56,27 @@ class Point:
 
     @property
     def d_ff(self):
+        """The inner size of an expert."""
         return 4 * self.width
 
     def inputs(self):
-        """float32 `[examples, length, width]`."""
+        """Returns float32 inputs `[examples, length, width]`."""
         rng = np.random.default_rng(0)
         shape = (self.examples, self.length)
         x = rng.normal(size=(*shape, self.width)).astype("float32")
         if self.share is not None:
-            wanted = rng.integers(1, self.experts, size=shape)
-            wanted[rng.random(shape) < self.share] = 0
-            x[..., : self.experts] += 10 * np.eye(self.experts)[wanted]
+            selected = rng.integers(1, self.experts, size=shape)
+            selected[rng.random(shape) < self.share] = 0
+            x[..., : self.experts] += 10 * np.eye(self.experts)[selected]
         return x
 
     def dense(self):
-        """A dense layer of as many active FLOPs: the limit."""
+        """Returns a dense layer with the same active FLOPs."""
         return keras_moe.FeedForward(self.k * self.d_ff)
 
     def tokens_choose(self, factor, experts=None):
-        # An identity as kernel reads the wanted expert off the input.
+        """Returns a token-choice layer with this capacity factor."""
+        # With an identity kernel, the first features of a token are its router logits.
         kernel = None if self.share is None else "identity"
         router = keras_moe.MaskedRouter(
             self.experts, num_selected_experts=self.k, kernel_initializer=kernel
@@ -76,12 +84,13 @@ class Point:
         return self._layer(router, factor, experts)
 
     def experts_choose(self):
+        """Returns an expert-choice layer with a capacity factor of `k`."""
         router = keras_moe.ExpertsChooseMaskedRouter(self.experts)
         return self._layer(router, float(self.k))
 
     def weights(self):
-        """What it takes to update the experts' weights, and no more."""
-        return Weights(self._experts())
+        """Returns a layer with the experts' weights that computes almost nothing."""
+        return WeightsOnly(self._experts())
 
     def _experts(self):
         return keras_moe.FeedForwardExperts(self.experts, self.d_ff)
@@ -96,30 +105,30 @@ class Point:
         )
 
     def models(self):
-        """The three that every point has."""
+        """Returns the dense model and the MoE models with a capacity and dropless."""
         x = self.inputs()
         layers = {
             "dense": self.dense(),
             "capacity": self.tokens_choose(float(self.k)),
             "dropless": self.tokens_choose(None),
         }
-        return {name: of_layer(layer, x) for name, layer in layers.items()}
+        return {name: keras_subject(layer, x) for name, layer in layers.items()}
 
     def parts(self):
-        """What the three are made of, each trained alone."""
+        """Returns models of the parts of the MoE layers, each trained alone."""
         x = self.inputs()
         rows = np.repeat(x.reshape(-1, self.width), self.k, axis=0)
-        subjects = {"updating the weights": of_layer(self.weights(), x)}
+        subjects = {"updating the weights": keras_subject(self.weights(), x)}
         for kind, factor in (("capacity", float(self.k)), ("dropless", None)):
-            experts = Experts(self._experts(), with_capacity=factor is not None)
-            rest = self.tokens_choose(factor, NoExperts(self.experts))
-            subjects[f"{kind}: experts"] = of_layer(experts, rows)
-            subjects[f"{kind}: routing and moving"] = of_layer(rest, x)
+            experts = ExpertsOnly(self._experts(), with_capacity=factor is not None)
+            rest = self.tokens_choose(factor, IdentityExperts(self.experts))
+            subjects[f"{kind}: experts"] = keras_subject(experts, rows)
+            subjects[f"{kind}: routing, dispatch and combine"] = keras_subject(rest, x)
         return subjects
 
 
-class NoExperts(keras.layers.Layer):
-    """Returns what it is given, so that routing and moving remain."""
+class IdentityExperts(keras.layers.Layer):
+    """Experts that return their inputs: only routing, dispatch and combine remain."""
 
     def __init__(self, num_experts):
         super().__init__()
@@ -129,8 +138,8 @@ class NoExperts(keras.layers.Layer):
         return inputs
 
 
-class Experts(keras.layers.Layer):
-    """Experts alone, on rows that lie in order, as many for each."""
+class ExpertsOnly(keras.layers.Layer):
+    """Experts without a router, applied to equal numbers of consecutive rows."""
 
     def __init__(self, experts, with_capacity):
         super().__init__()
@@ -151,8 +160,8 @@ class Experts(keras.layers.Layer):
         return input_shape
 
 
-class Weights(keras.layers.Layer):
-    """As many weights as some experts have, whose step does next to nothing else."""
+class WeightsOnly(keras.layers.Layer):
+    """The weights of experts, with a step that does little but update them."""
 
     def __init__(self, experts):
         super().__init__()
@@ -166,8 +175,18 @@ class Weights(keras.layers.Layer):
         return inputs + 1e-9 * total
 
 
-def of_layer(layer, x, package=keras, jit_compile="auto"):
-    """A layer in a model of Keras, or of another package with its API."""
+def keras_subject(layer, x, package=keras, jit_compile="auto"):
+    """Creates the subject of a Keras layer.
+
+    Args:
+        layer: layer of `package`. If it returns several outputs, the first is used.
+        x: numpy array, the inputs and the targets.
+        package: module with the API of Keras. Defaults to `keras`.
+        jit_compile: bool or `"auto"`, see `keras.Model.compile`.
+
+    Returns:
+        A `Subject`.
+    """
     inputs = package.Input(x.shape[1:])
     outputs = layer(inputs)
     if isinstance(outputs, (tuple, list)):
@@ -179,35 +198,48 @@ def of_layer(layer, x, package=keras, jit_compile="auto"):
     )
 
 
-def of_module(module, x):
-    """A module of PyTorch, whose second result, if any, is a loss."""
+def torch_subject(module, x):
+    """Creates the subject of a PyTorch module.
+
+    Args:
+        module: `torch.nn.Module` that returns outputs, or outputs and a loss.
+        x: numpy array, the inputs and the targets.
+
+    Returns:
+        A `Subject`.
+    """
     import torch
 
     x = torch.from_numpy(x)
     optimizer = torch.optim.SGD(module.parameters(), 1e-3)
 
-    def results():
+    def outputs_and_loss():
         outputs = module(x)
         return outputs if isinstance(outputs, tuple) else (outputs, 0.0)
 
     def forward():
         with torch.no_grad():
-            return results()[0].numpy()
+            return outputs_and_loss()[0].numpy()
 
     def step():
         optimizer.zero_grad()
-        outputs, loss = results()
+        outputs, loss = outputs_and_loss()
         (torch.nn.functional.mse_loss(outputs, x) + loss).backward()
         optimizer.step()
 
     return Subject(forward, step)
 
 
-# Other packages' layers, and ours with the same weights
+# Layers of other packages, and ours with the same weights
 
 
 def peers():
-    """For each backend's peers: name to `(theirs, ours)`, made when they are due."""
+    """Returns the comparisons with other packages that this backend allows.
+
+    Returns:
+        A dict of names to functions that create `(theirs, ours)`, two subjects with
+        equal weights.
+    """
     backend = keras.backend.backend()
     found = {}
     for experts in (8, 64):
@@ -216,10 +248,14 @@ def peers():
             name = f"keras-hub Qwen3SparseMoeBlock, {experts} experts"
             found[name] = lambda point=point: _keras_hub(point)
         if backend == "torch" and _is_installed("transformers"):
-            # One after the other, 64 experts take ten times as long.
-            for how in ("eager", "grouped_mm") if experts == 8 else ("grouped_mm",):
-                name = f"HF MixtralSparseMoeBlock ({how}), {experts} experts"
-                found[name] = lambda point=point, how=how: _transformers(point, how)
+            # "eager" computes one expert at a time, which takes ten times as long with
+            # 64 experts.
+            names = ("eager", "grouped_mm") if experts == 8 else ("grouped_mm",)
+            for implementation in names:
+                name = f"HF MixtralSparseMoeBlock ({implementation}), {experts} experts"
+                found[name] = lambda point=point, implementation=implementation: (
+                    _transformers(point, implementation)
+                )
         if backend == "torch" and _is_installed("mixture_of_experts"):
             name = f"lucidrains MoE, {experts} experts"
             found[name] = lambda point=point: _lucidrains(point)
@@ -239,7 +275,7 @@ def _keras_hub(point):
     import hub
 
     pair = hub.pair(point.experts, point.width, point.d_ff, point.k)
-    return [of_layer(layer, point.inputs()) for layer in pair]
+    return [keras_subject(layer, point.inputs()) for layer in pair]
 
 
 def _transformers(point, implementation):
@@ -248,7 +284,7 @@ def _transformers(point, implementation):
     block, layer = hugging.pair(
         point.experts, point.width, point.d_ff, point.k, implementation
     )
-    return of_module(block, point.inputs()), of_layer(layer, point.inputs())
+    return torch_subject(block, point.inputs()), keras_subject(layer, point.inputs())
 
 
 def _lucidrains(point):
@@ -257,7 +293,7 @@ def _lucidrains(point):
     module, layer = lucidrains.pair(
         point.experts, point.width, point.d_ff, "all", train=2.0, evaluation=2.0
     )
-    return of_module(module, point.inputs()), of_layer(layer, point.inputs())
+    return torch_subject(module, point.inputs()), keras_subject(layer, point.inputs())
 
 
 def _tfm(point):
@@ -268,4 +304,4 @@ def _tfm(point):
         point.experts, point.width, point.d_ff, float(point.k), point.group
     )
     x = point.inputs()
-    return of_layer(theirs, x, package=tf_keras), of_layer(ours, x)
+    return keras_subject(theirs, x, package=tf_keras), keras_subject(ours, x)

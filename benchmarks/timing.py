@@ -1,4 +1,8 @@
-"""Times in turn, so that a slower moment of the machine is everybody's."""
+"""Interleaved timing of functions, and their peak memory.
+
+All functions are called in each round, so that noise of the machine affects all of
+them.
+"""
 
 import contextlib
 import ctypes
@@ -6,18 +10,19 @@ import time
 
 
 def measure(subjects, kinds=("forward", "step"), rounds=7, seconds=12.0):
-    """Milliseconds and memory of each subject, round by round.
+    """Measures the time and the peak memory of several functions.
 
     Args:
-        subjects: a dict of objects with functions of the names `kinds`.
-        kinds: names.
-        rounds: int, how often each is timed, after two calls that are not.
-        seconds: float, for the slowest call: if need be in fewer rounds, but
-            three at least.
+        subjects: dict of names to objects with the methods `kinds`.
+        kinds: tuple of strings, the names of the methods to measure. Defaults to
+            `("forward", "step")`.
+        rounds: int, the number of timed calls, after two untimed ones. Defaults to 7.
+        seconds: float, the time limit for all calls of the slowest function. The number
+            of rounds is reduced to meet it, but not below 3. Defaults to 12.
 
     Returns:
-        name to kind to `{"ms": [...], "peak_mb": ...}`, with as many figures
-        for all: those of one index come from one round.
+        A nested dict of names and kinds to `{"ms": [...], "peak_mb": ...}`. All lists
+        have the same length, and their values at an index are of the same round.
     """
     calls = {
         (name, kind): getattr(subject, kind)
@@ -45,11 +50,11 @@ def _seconds(call):
 
 
 def _peak_megabytes(call):
-    """What a call needs at most beyond what is held before; `None` but on Linux."""
+    """Returns the peak memory that a call adds to the process; `None` without Linux."""
     before = None
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
-        ctypes.CDLL(None).malloc_trim(0)  # What is free counts as free.
-        file.write("5")
+        ctypes.CDLL(None).malloc_trim(0)  # Returns freed memory to the system.
+        file.write("5")  # Resets the peak.
         file.flush()
         before = _kilobytes("VmRSS")
     call()

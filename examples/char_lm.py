@@ -1,9 +1,9 @@
-"""Two small language models with the same work for a token: dense, and MoE.
+"""Two small language models with the same FLOPs per token: dense, and MoE.
 
-Both are character-level Transformers, trained on Python's own documentation.
-They differ in their feed-forward layers only: in the MoE model a token passes
-one of eight experts, each as large as the dense model's one layer. So it has
-more parameters, and but for the small gate no more FLOPs for a token.
+Both are character-level Transformers, trained on Python's own documentation. They
+differ in their feed-forward layers only. In the MoE model each token uses two of
+sixteen experts, each half as wide as the dense layer. So the model has more
+parameters but, except for the small gate, the same FLOPs per token.
 
     python examples/char_lm.py [--steps 500] [--output runs/demo] [--seed 0]
 """
@@ -23,26 +23,25 @@ from matplotlib.figure import Figure
 
 import keras_moe
 
-# The models: all of this is the same for both.
-LENGTH = 128  # characters that a model sees
+# Both models
+LENGTH = 128  # characters of an input
 BLOCKS = 3
 WIDTH = 128
 HEADS = 4
-D_FF = 512  # of the dense layer, and of each expert
+D_FF = 512  # of the dense layer, and of the experts of a token together
 INITIALIZER = "glorot_uniform"  # of the feed-forward layers
 
-# The experts. Each example is routed for itself.
-EXPERTS = 8
-TRAIN_CAPACITY = 1.25
-EVAL_CAPACITY = 2.0
+# Experts
+EXPERTS = 16
+EXPERTS_PER_TOKEN = 2
 
-# The training.
+# Training
 BATCH = 16
 LEARNING_RATE = 1e-3
-EPOCHS = 5  # the held-out text is measured after each
-HELD_OUT = 0.1  # of the text: its end
+EPOCHS = 5  # after each, the loss on held-out text is measured
+HELD_OUT = 0.1  # the last part of the text
 
-# What the MoE model writes.
+# Generation
 CHARACTERS = 300
 TEMPERATURE = 0.7
 
@@ -66,30 +65,31 @@ def main(arguments=None):
     options.output.mkdir(parents=True, exist_ok=True)
     moe = results["MoE"]
     moe["model"].save(options.output / "moe.keras")
-    evaluate_afresh(options.output / "moe.keras", options.seed, moe["bits"][-1])
-    routing = routings(moe["model"], held_out[0])
-    draw(results, routing, options.output / "char_lm.png")
-    print(f"moe.keras and char_lm.png, the picture, are in {options.output}.")
+    file = options.output / "moe.keras"
+    evaluate_in_new_process(file, options.seed, moe["bits"][-1])
+    load = expert_loads(moe["model"], held_out[0])
+    draw(results, load, options.output / "char_lm.png")
+    print(f"The files moe.keras and char_lm.png are in {options.output}.")
 
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=500, help="of training")
+    parser.add_argument("--steps", type=int, default=500, help="training steps")
     parser.add_argument("--output", type=pathlib.Path, default="runs/demo")
     parser.add_argument("--seed", type=int, default=0)
-    help_text = "do not train: measure this model, and let it write"
+    help_text = "evaluate this model, and generate text, without training"
     parser.add_argument("--evaluate", metavar="FILE", help=help_text)
     return parser.parse_args(arguments)
 
 
-# The text
+# Text
 
 
 def read_text():
-    """The text to train on, the held-out text (both as indices), the alphabet.
+    """Returns training text and held-out text, both as indices, and the alphabet.
 
-    Topics quote each other at length. Each paragraph is kept where it stands
-    first, so that none is in both parts.
+    Topics quote each other. Only the first copy of a paragraph is kept, so that none is
+    in both parts.
     """
     paragraphs = (p.strip("\n") for t in topics.values() for p in t.split("\n\n"))
     text = "\n\n".join(dict.fromkeys(paragraphs))
@@ -100,25 +100,25 @@ def read_text():
 
 
 def batches(text, seed):
-    """Without end: windows of the text from random places."""
+    """Yields batches of windows of the text at random positions."""
     rng = np.random.default_rng(seed)
     while True:
         yield windows(text, rng.integers(len(text) - LENGTH, size=BATCH))
 
 
 def examples(text):
-    """The whole text (but for a last, smaller batch), as windows side by side."""
+    """Returns the text as consecutive windows, without a last partial batch."""
     batches = (len(text) - 1) // (BATCH * LENGTH)
     return windows(text, LENGTH * np.arange(batches * BATCH))
 
 
 def windows(text, starts):
-    """Characters, and for each of them the next one."""
+    """Returns characters, and the next one of each."""
     window = text[starts[:, None] + np.arange(LENGTH + 1)]
     return window[:, :-1], window[:, 1:]
 
 
-# The models
+# Models
 
 
 def dense_layer(name):
@@ -126,18 +126,25 @@ def dense_layer(name):
 
 
 def moe_layer(name):
-    # One of the router's six metrics: all of three layers flood the progress bar.
     return keras_moe.MoeLayer(
-        keras_moe.FeedForwardExperts(EXPERTS, D_FF, kernel_initializer=INITIALIZER),
-        keras_moe.MaskedRouter(EXPERTS, export_metrics=("expert_usage",)),
-        train_capacity_factor=TRAIN_CAPACITY,
-        eval_capacity_factor=EVAL_CAPACITY,
+        keras_moe.FeedForwardExperts(
+            EXPERTS, D_FF // EXPERTS_PER_TOKEN, kernel_initializer=INITIALIZER
+        ),
+        keras_moe.MaskedRouter(
+            EXPERTS,
+            num_selected_experts=EXPERTS_PER_TOKEN,
+            normalize_weights=True,
+            # One of six metrics, since those of three layers flood the progress bar.
+            export_metrics=("expert_usage",),
+        ),
+        train_capacity_factor=None,  # dropless
+        eval_capacity_factor=None,
         name=name,
     )
 
 
 def build_model(feed_forward, alphabet_size):
-    """A pre-norm Transformer: characters in, logits of the next characters out."""
+    """Creates a pre-norm Transformer from characters to logits of the next ones."""
     characters = keras.Input((LENGTH,), dtype="int32")
     positions = ops.cumsum(ops.ones_like(characters), axis=1) - 1
     x = keras.layers.Embedding(alphabet_size, WIDTH)(characters)
@@ -153,7 +160,7 @@ def build_model(feed_forward, alphabet_size):
 
 
 def bits(targets, logits):
-    """Cross-entropy in bits per character, without the routers' losses."""
+    """Returns the cross-entropy in bits per character, without auxiliary losses."""
     nats = ops.sparse_categorical_crossentropy(targets, logits, from_logits=True)
     return nats / np.log(2)
 
@@ -168,29 +175,25 @@ def moe_layers(model):
 
 
 def active_parameters(model):
-    """The parameters that a token meets: those of one expert in each MoE layer."""
+    """Returns the number of parameters that process one token."""
     experts = sum(x.experts.count_params() for x in moe_layers(model))
-    return model.count_params() - experts + experts // EXPERTS
+    return model.count_params() - experts + experts * EXPERTS_PER_TOKEN // EXPERTS
 
 
-def routings(model, characters):
-    """For each MoE layer, by name: the routing of its real input."""
-    layers = {x.name: x for x in moe_layers(model)}
-    inputs = keras.Model(model.input, {name: x.input for name, x in layers.items()})
-    tokens = inputs.predict(characters, batch_size=BATCH, verbose=0)
-    return {name: x.route(tokens[name]) for name, x in layers.items()}
-
-
-def expert_load(routing):
-    """The share of tokens that want each expert, over all groups."""
-    return ops.convert_to_numpy(routing.load).mean(axis=0)
+def expert_loads(model, characters):
+    """Returns the load of each MoE layer's experts, as fractions, by layer."""
+    routings = keras_moe.route(model, characters)
+    return {
+        name: ops.convert_to_numpy(routing.load).mean(axis=0)
+        for name, routing in routings.items()
+    }
 
 
 # Training
 
 
 def train(model, text, held_out, steps, seed):
-    """Trains a model. Returns it with what there is to say about it."""
+    """Trains a model, and returns it with its learning curve and speed."""
     compile_model(model)
     times = []
     watch = keras.callbacks.LambdaCallback(
@@ -204,13 +207,14 @@ def train(model, text, held_out, steps, seed):
         validation_data=held_out,
         validation_batch_size=BATCH,
         callbacks=[watch],
-        shuffle=False,  # the batches are random already
+        shuffle=False,  # the batches are random
+        verbose=1 if sys.stdout.isatty() else 2,
     ).history
     return {
         "model": model,
         "steps": steps // epochs * np.arange(1, epochs + 1),
         "bits": history["val_bits"],
-        # The median passes over compilation and the held-out text.
+        # The median ignores compilation and evaluation.
         "milliseconds": 1000 * np.median(np.diff(times)),
     }
 
@@ -226,8 +230,8 @@ def print_table(results):
 # The saved model
 
 
-def evaluate_afresh(file, seed, expected):
-    """Runs `evaluate` in a new process, which must find the same figure."""
+def evaluate_in_new_process(file, seed, expected):
+    """Runs `evaluate` in a new process, and compares its result."""
     print(f"\nLoading {file} in a new process")
     command = [sys.executable, __file__, "--evaluate", file, "--seed", str(seed)]
     output = subprocess.run(
@@ -237,11 +241,11 @@ def evaluate_afresh(file, seed, expected):
     found = float(re.search(r"([\d.]+) bits per character", output)[1])
     if abs(found - expected) > 1e-3:
         raise SystemExit(f"{found:.4f} bits after loading, {expected:.4f} before.")
-    print(f"The figure is the same as before saving: {expected:.4f} bits.\n")
+    print(f"The result is the same as before saving: {expected:.4f} bits.\n")
 
 
 def evaluate(file, seed):
-    """Loads a model, measures it on the held-out text, and lets it write."""
+    """Loads a model, evaluates it on held-out text, and generates text."""
     _, text, alphabet = read_text()
     model = keras.models.load_model(file, compile=False)
     compile_model(model)
@@ -249,48 +253,43 @@ def evaluate(file, seed):
     found = model.evaluate(x, y, batch_size=BATCH, verbose=0, return_dict=True)
     print(f"{found['bits']:.4f} bits per character of held-out text.")
     prompt = text[:LENGTH]
-    written = generate(model, prompt, CHARACTERS, seed)
-    print("\nA piece of held-out text |and how the model goes on:\n")
-    print("".join(alphabet[prompt]), "".join(alphabet[written]), sep="|")
+    generated = generate(model, prompt, CHARACTERS, seed)
+    print("\nHeld-out text |and generated text:\n")
+    print("".join(alphabet[prompt]), "".join(alphabet[generated]), sep="|")
 
 
 def generate(model, prompt, characters, seed):
-    """Draws characters one by one, as they go on after the prompt.
-
-    The model always sees `LENGTH` characters, as in training: the capacity of
-    the experts depends on it.
-    """
+    """Samples characters one by one, from the last `LENGTH` characters."""
     rng = np.random.default_rng(seed)
     text = list(prompt)
     for _ in range(characters):
         window = np.array([text[-LENGTH:]], "int32")
         logits = ops.convert_to_numpy(model.predict_on_batch(window))[0, -1]
-        # The largest of logits with Gumbel noise is a draw from their softmax.
+        # The largest of logits with Gumbel noise is a sample of their softmax.
         noise = rng.gumbel(size=logits.shape)
         text.append(np.argmax(logits / TEMPERATURE + noise))
     return np.array(text[len(prompt) :])
 
 
-# The picture, with colours that differ in brightness
+# The picture
 
 
-def draw(results, routing, file):
-    """Draws what the models learned, and how each MoE layer uses its experts."""
-    load = {layer: expert_load(x) for layer, x in routing.items()}
-    top = 1.2 * max(share.max() for share in load.values())
+def draw(results, load, file):
+    """Draws the learning curves, and the load of each MoE layer's experts."""
+    top = 1.5 * max(share.max() for share in load.values())
     figure = Figure(figsize=(10, 5), dpi=120, layout="constrained")
     curves, *bars = figure.subplot_mosaic([["curves", x] for x in load]).values()
     for (name, x), style in zip(results.items(), ("o--", "s-"), strict=True):
         label = f"{name}: {x['bits'][-1]:.3f} at the end"
-        colour = {"dense": "darkorange", "MoE": "navy"}[name]
-        curves.plot(x["steps"], x["bits"], style, color=colour, label=label)
+        color = {"dense": "darkorange", "MoE": "navy"}[name]
+        curves.plot(x["steps"], x["bits"], style, color=color, label=label)
     curves.set(title="Held-out text", xlabel="step", ylabel="bits per character")
     curves.grid(alpha=0.3)
     curves.legend()
     for axis, (layer, share) in zip(bars, load.items(), strict=True):
         axis.bar(range(EXPERTS), share, color="cornflowerblue")
-        axis.axhline(1 / EXPERTS, color="black", linestyle="--", label="even share")
-        axis.set(title=f"{layer}: share of held-out tokens per expert", ylim=(0, top))
+        axis.axhline(1 / EXPERTS, color="black", linestyle="--", label="balanced load")
+        axis.set(title=f"{layer}: expert load on held-out text", ylim=(0, top))
         axis.set_xticks(range(EXPERTS))
     bars[-1].set_xlabel("expert")
     bars[0].legend(loc="upper right")

@@ -1,8 +1,8 @@
-"""A small vision transformer whose experts choose the patches they want.
+"""A small vision transformer with expert choice.
 
-Handwritten digits of 8 x 8 pixels are cut into 16 patches. In each block every
-expert takes the patches that it scores highest in an image (experts choose), which
-an encoder may do: no patch comes before another. The picture shows who took what.
+Handwritten digits of 8 x 8 pixels are split into 16 patches. In each block every expert
+selects the patches of an image with the highest router probability. That is for
+encoders, where outputs may depend on all patches. The picture shows the selection.
 
     python examples/digits_vit.py [--epochs 15] [--output runs/digits_vit]
 """
@@ -17,13 +17,12 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
 import keras_moe
-from keras_moe.visualization import token_weights
 
 SIDE, PATCH = 8, 2  # pixels
 PATCHES = (SIDE // PATCH) ** 2
 WIDTH, HEADS, BLOCKS = 64, 4, 2
 EXPERTS, D_FF = 4, 128
-CAPACITY = 1.0  # each expert takes 16 / 4 patches; a patch may go to several, or none
+CAPACITY = 1.0  # each expert selects 16 / 4 patches
 
 
 def main(arguments=None):
@@ -52,14 +51,14 @@ def main(arguments=None):
 
 
 def read_digits():
-    """Images in [0, 1], `[n, 8, 8]`, and their digits, in random order."""
+    """Returns images `[n, 8, 8]` in [0, 1] and their digits, in random order."""
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     return digits.images[order].astype("float32") / 16, digits.target[order]
 
 
 def to_patches(images):
-    """`[n, 8, 8]` to `[n, 16, 4]`, row by row."""
+    """Splits images `[n, 8, 8]` into patches `[n, 16, 4]`, row by row."""
     n = SIDE // PATCH
     patches = images.reshape(-1, n, PATCH, n, PATCH).swapaxes(2, 3)
     return patches.reshape(-1, PATCHES, PATCH * PATCH)
@@ -67,9 +66,9 @@ def to_patches(images):
 
 def build_model():
     patches = keras.Input((PATCHES, PATCH * PATCH))
-    places = ops.cumsum(ops.ones_like(patches[..., 0], dtype="int32"), axis=1) - 1
+    positions = ops.cumsum(ops.ones_like(patches[..., 0], dtype="int32"), axis=1) - 1
     x = keras.layers.Dense(WIDTH)(patches)
-    x += keras.layers.Embedding(PATCHES, WIDTH)(places)
+    x += keras.layers.Embedding(PATCHES, WIDTH)(positions)
     for block in range(BLOCKS):
         y = keras.layers.LayerNormalization()(x)
         x += keras.layers.MultiHeadAttention(HEADS, WIDTH // HEADS)(y, y)
@@ -93,38 +92,35 @@ def moe_layer(name):
     )
 
 
-def choices(model, images, name):
-    """bool `[n, e, 8, 8]`: the pixels whose patch an expert took."""
-    layer = model.get_layer(name)
-    tokens = keras.Model(model.input, layer.input).predict(
-        to_patches(images), verbose=0
-    )
-    taken = token_weights(layer.route(tokens)) > 0  # n t e
+def selected_pixels(model, images, name):
+    """Returns bool `[n, e, 8, 8]`, true for the pixels of selected patches."""
+    routing = keras_moe.route(model, to_patches(images))[name]
+    selected = keras_moe.visualization.token_weights(routing) > 0  # n t e
     n = SIDE // PATCH
-    taken = np.moveaxis(taken.reshape(-1, n, n, EXPERTS), -1, 1)
-    return taken.repeat(PATCH, axis=2).repeat(PATCH, axis=3)
+    selected = np.moveaxis(selected.reshape(-1, n, n, EXPERTS), -1, 1)
+    return selected.repeat(PATCH, axis=2).repeat(PATCH, axis=3)
 
 
 def draw(model, images, file):
-    """The images, and below each what the last block's experts took of it."""
-    taken = choices(model, images, f"moe_{BLOCKS - 1}")
+    """Draws images, and below each the patches that the last block's experts select."""
+    selected = selected_pixels(model, images, f"moe_{BLOCKS - 1}")
     figure = Figure(figsize=(len(images), EXPERTS + 1.4), dpi=120, layout="constrained")
     panels = figure.subplots(EXPERTS + 1, len(images))
     for column, image in zip(panels.T, images, strict=True):
         column[0].imshow(image, cmap="Greys", vmin=0, vmax=1)
     for i in range(EXPERTS):
-        for axes, image, of_image in zip(panels[i + 1], images, taken, strict=True):
-            # What was left lies under a veil.
+        for axes, image, of_image in zip(panels[i + 1], images, selected, strict=True):
+            # Other patches are greyed out.
             axes.imshow(image, cmap="Greys", vmin=0, vmax=1)
-            veil = np.ma.masked_array(np.ones_like(image), of_image[i])
-            axes.imshow(veil, cmap="Greys", vmin=0, vmax=3, alpha=0.75)
+            grey = np.ma.masked_array(np.ones_like(image), of_image[i])
+            axes.imshow(grey, cmap="Greys", vmin=0, vmax=3, alpha=0.75)
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
     for axes, name in zip(
         panels[:, 0], ["image", *(f"expert {i}" for i in range(EXPERTS))], strict=True
     ):
         axes.set_ylabel(name)
-    figure.suptitle("What each expert of the last block took")
+    figure.suptitle("Patches selected by each expert of the last block")
     figure.savefig(file)
 
 

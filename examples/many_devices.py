@@ -2,14 +2,14 @@
 
     python examples/many_devices.py
 
-starts two processes, each with four virtual CPU devices, as two hosts with four
-accelerators would be. The eight devices are a mesh of two by four: each half of
-the batch is on four devices, and each of these has a quarter of the experts. The
-model is made, compiled and fitted as on one device: `main` says before what is where,
-and gathers the weights afterwards to save them.
+starts two processes with four virtual CPU devices each, like two hosts with four
+accelerators. The eight devices are a mesh of two by four: each half of the batch is on
+four devices, and each of these has a quarter of the experts. The model is built,
+compiled and fitted as on one device. Before that, `main` sets the distribution;
+afterwards, it gathers the weights to save them.
 
-On hosts of one's own, start one process on each, with its number and the addresses
-of all (the first is the coordinator's):
+On several hosts, start one process on each, with its number and the addresses of all
+processes (the first is the coordinator's):
 
     python examples/many_devices.py --process 0 --addresses host0:1234,host1:1234
 """
@@ -27,25 +27,25 @@ def read_options():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--mesh", default="2,4", help="devices for batch, experts")
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--dropless", action="store_true", help="no capacity")
-    parser.add_argument("--output", help="a folder for the model and its losses")
-    parser.add_argument("--process", type=int, help="which of the addresses is this")
-    parser.add_argument("--addresses", help="of all processes")
-    parser.add_argument("--processes", type=int, default=2, help="started here")
-    parser.add_argument("--devices", type=int, default=4, help="CPU devices in each")
+    parser.add_argument("--dropless", action="store_true", help="without a capacity")
+    parser.add_argument("--output", help="folder for the model and its losses")
+    parser.add_argument("--process", type=int, help="number of this process")
+    parser.add_argument("--addresses", help="addresses of all processes")
+    parser.add_argument("--processes", type=int, default=2, help="processes to start")
+    parser.add_argument("--devices", type=int, default=4, help="per process")
     return parser.parse_args()
 
 
 def start_here(options):
-    """As many processes as hosts would run, on this machine."""
+    """Starts all processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     addresses = ",".join([address] * options.processes)
     devices = f"--xla_force_host_platform_device_count={options.devices}"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
-    # A sum over processes holds a thread till the other process has come to it. With
-    # a thread a device, which JAX would start, all may be held by different sums.
+    # A sum over processes blocks a thread until the other process reaches it. With
+    # JAX's default, one thread per device, different sums may block all of them.
     threads = str(8 * options.devices)
     own = {"KERAS_BACKEND": "jax", "XLA_FLAGS": flags, "NPROC": threads}
     environment = {**os.environ, **own}
@@ -58,18 +58,18 @@ def start_here(options):
 
 
 def make_data():
-    """Tokens of sixteen kinds, each with a rule of its own that makes y of x."""
+    """Returns tokens of sixteen kinds; each kind has its own linear map to targets."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(EXPERTS, HIDDEN))
+    centers = rng.normal(size=(EXPERTS, HIDDEN))
     rules = rng.normal(size=(EXPERTS, HIDDEN, HIDDEN)) / HIDDEN**0.5
     kind = rng.integers(EXPERTS, size=(20 * BATCH, LENGTH))
-    x = centres[kind] + 0.3 * rng.normal(size=(*kind.shape, HIDDEN))
+    x = centers[kind] + 0.3 * rng.normal(size=(*kind.shape, HIDDEN))
     y = np.einsum("bsh,bshi->bsi", x, rules[kind])
     return x.astype("float32"), y.astype("float32")
 
 
 def batches(x, y, shard, shards):
-    """Batches without end: of each, the part that this process feeds."""
+    """Yields the part of each batch that this process feeds."""
     own = BATCH // shards
     while True:
         for start in range(0, len(x), BATCH):
@@ -91,7 +91,7 @@ def build_model(capacity_factor):
 
 
 def whole(variables, mesh):
-    """The variables as numpy arrays, wherever their parts are."""
+    """Returns variables as numpy arrays, gathered from all devices."""
     layout = keras.distribution.TensorLayout([], mesh)
     everywhere = jax.jit(lambda x: x, out_shardings=layout.backend_layout)
     return [np.asarray(everywhere(variable.value)) for variable in variables]
@@ -107,7 +107,7 @@ def main(options):
     distribution = keras.distribution.ModelParallel(
         layout_map=keras_moe.distribution.expert_layout_map(mesh),
         batch_dim_name="batch",
-        auto_shard_dataset=False,  # Each process cuts its part itself.
+        auto_shard_dataset=False,  # Each process selects its part itself.
     )
     keras.distribution.set_distribution(distribution)
     keras.utils.set_random_seed(0)
@@ -125,7 +125,7 @@ def main(options):
     weights = whole(model.weights, mesh)
     keras.distribution.set_distribution(None)
     if options.process == 0 and options.output:
-        # What is saved must be here as a whole.
+        # A model on one device, with the whole weights, can be saved.
         model = build_model(capacity_factor)
         model.set_weights(weights)
         model.save(f"{options.output}/model.keras")

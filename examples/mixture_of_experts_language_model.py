@@ -3,25 +3,25 @@ Title: A language model with Mixture-of-Experts layers
 Author: The keras_moe project
 Date created: 2026/11/22
 Last modified: 2026/11/22
-Description: Swap a Transformer's feed-forward layers for experts, train, watch the routers, save and load.
+Description: Replace a Transformer's feed-forward layers by experts, train, monitor the routing, save and load.
 Accelerator: None
 """
 
 """
 ## Introduction
 
-A Mixture-of-Experts layer holds many feed-forward networks, the *experts*, and a
-*router* that sends each token to a few of them. A model gets many more parameters
-for about the same work per token
+A Mixture-of-Experts layer holds several feed-forward networks, the *experts*, and a
+*router* that dispatches each token to a few of them. A model gets many more parameters
+for about the same compute per token
 ([Shazeer et al., 2017](https://arxiv.org/abs/1701.06538);
 [Fedus et al., 2021](https://arxiv.org/abs/2101.03961)).
 
 In this example we train two small character-level Transformers on Python's own
-documentation. They differ in their feed-forward layers only: in one they are dense,
-in the other a token goes to one of eight experts, each as large as the dense layer.
-We then look at what the routers do, save the model, load it, and let it write.
+documentation. They differ in their feed-forward layers only: in one these are dense, in
+the other each token uses two of sixteen experts, each half as wide as the dense layer.
+Then we look at the routing, save the model, load it, and generate text.
 
-The layers come from `keras_moe`, and run on TensorFlow, JAX and PyTorch.
+The layers are those of `keras_moe`, on TensorFlow, JAX or PyTorch.
 """
 
 """
@@ -40,17 +40,18 @@ from keras import layers, ops
 
 import keras_moe
 
-length = 128  # Characters that the model sees.
+length = 128  # Characters of an input.
 batch_size = 16
 steps = 1500
-num_experts = 8
+num_experts = 16
+experts_per_token = 2
 width = 128
 
 """
 ## The data
 
-Some 500,000 characters of reference documentation ship with Python. We keep each
-paragraph once, train on the first nine tenths and hold the rest out.
+Python comes with some 500,000 characters of reference documentation. We keep one copy of
+each paragraph, train on the first nine tenths, and hold out the rest.
 """
 
 paragraphs = (p.strip() for topic in topics.values() for p in topic.split("\n\n"))
@@ -61,7 +62,7 @@ train_text, held_out_text = characters[:split], characters[split:]
 
 
 def windows(text, starts):
-    """Characters, and for each of them the next one."""
+    """Returns characters, and the next one of each."""
     window = text[starts[:, None] + np.arange(length + 1)]
     return window[:, :-1], window[:, 1:]
 
@@ -80,7 +81,7 @@ print(f"{len(text):,} characters, {len(alphabet)} different ones.")
 """
 ## The models
 
-A pre-norm Transformer. What stands after the attention is an argument.
+A pre-norm Transformer, with its feed-forward layer as an argument.
 """
 
 
@@ -101,11 +102,10 @@ def build_model(make_feed_forward):
 
 
 """
-The dense layer first. Then the experts: `MaskedRouter` sends each token to its best
-expert. In training an expert has room for 1.25 times its even share of the tokens;
-what finds no room passes by on the residual connection. In evaluation there is no
-capacity, so that no token is dropped. The router's balance loss, which keeps tokens
-from crowding on a few experts, is added to the model's loss.
+First the dense layer, then the experts. `MaskedRouter` selects the two best experts of
+each token, and divides their weights by their sum. With capacity factors of `None` no
+token is dropped. The router adds its balance loss, which prevents it from using few
+experts, to the model's loss.
 """
 
 
@@ -118,12 +118,18 @@ def dense(name):
 def mixture(name):
     return keras_moe.MoeLayer(
         keras_moe.FeedForwardExperts(
-            num_experts, 4 * width, kernel_initializer="glorot_uniform"
+            num_experts,
+            4 * width // experts_per_token,
+            kernel_initializer="glorot_uniform",
         ),
         keras_moe.MaskedRouter(
-            num_experts, load_balancing_loss_weight=0.01, export_metrics=()
+            num_experts,
+            num_selected_experts=experts_per_token,
+            normalize_weights=True,
+            load_balancing_loss_weight=0.01,
+            export_metrics=(),
         ),
-        train_capacity_factor=1.25,
+        train_capacity_factor=None,
         eval_capacity_factor=None,
         name=name,
     )
@@ -132,12 +138,12 @@ def mixture(name):
 """
 ## Training
 
-`RoutingMonitor` writes down how much each expert has to do.
+`RoutingMonitor` records the load of each expert.
 """
 
 
 def bits(targets, logits):
-    """Cross-entropy in bits per character."""
+    """Returns the cross-entropy in bits per character."""
     nats = ops.sparse_categorical_crossentropy(targets, logits, from_logits=True)
     return nats / np.log(2)
 
@@ -166,15 +172,15 @@ print(f"dense: {dense_model.count_params():,} parameters, {dense_bits:.3f} bits"
 print(f"experts: {moe_model.count_params():,} parameters, {moe_bits:.3f} bits")
 
 """
-What of the parameters does a token meet, and what does it cost?
+The parameters that process one token, and the cost of the layers:
 """
 
 keras_moe.summary(moe_model, tokens_per_group=length)
 
 """
-## Looking at the routers
+## The routing
 
-The load of each expert, in units of the mean: 1 is balance.
+The load of each expert, relative to the mean load: 1 is balanced.
 """
 
 for record in monitor.history[-6:]:
@@ -182,35 +188,35 @@ for record in monitor.history[-6:]:
         print(record["layer"], np.round(num_experts * record["load"], 2))
 
 """
-## Saving, loading, writing
+## Saving, loading, generating
 
-The model is saved as any Keras model is. Without a capacity a character's result
-depends on nothing that comes after it, so that the model writes as it was trained.
+The model is saved as any Keras model. Without a capacity, the output of a character does
+not depend on later ones, so the model generates text as it was trained.
 """
 
 moe_model.save("mixture.keras")
 model = keras.models.load_model("mixture.keras", compile=False)
 
 
-def write(model, prompt, number, temperature=0.7):
+def generate(model, prompt, number, temperature=0.7):
     rng = np.random.default_rng(0)
-    written = list(prompt)
+    text = list(prompt)
     for _ in range(number):
-        window = np.array([written[-length:]], dtype="int32")
+        window = np.array([text[-length:]], dtype="int32")
         logits = model.predict_on_batch(window)[0, -1]
-        # The largest of logits with Gumbel noise is a draw from their softmax.
+        # The largest of logits with Gumbel noise is a sample of their softmax.
         noise = rng.gumbel(size=logits.shape)
-        written.append(int(np.argmax(logits / temperature + noise)))
-    return "".join(alphabet[written[len(prompt) :]])
+        text.append(int(np.argmax(logits / temperature + noise)))
+    return "".join(alphabet[text[len(prompt) :]])
 
 
-print(write(model, held_out_text[:length], 200))
+print(generate(model, held_out_text[:length], 200))
 
 """
 ## Where to go from here
 
-Raise `num_selected_experts` to 2, or let experts choose their tokens with
-`ExpertsChooseMaskedRouter` (for encoders: it looks at later tokens). A trained dense
-model can be turned into one with experts by `keras_moe.upcycle`, and weights of
-Mixtral, Qwen-MoE and others come over with `keras_moe.convert`.
+Try another router, such as `BiasBalancedMaskedRouter`, which balances the load without a
+loss, or `ExpertsChooseMaskedRouter` (for encoders, since experts see later tokens).
+`keras_moe.upcycle_model` turns a trained dense model into one with experts, and
+`keras_moe.convert` loads weights of Mixtral, Qwen-MoE and others.
 """

@@ -1,9 +1,9 @@
 """A multi-gate mixture of experts: two tasks share experts, each with its own gate.
 
-Tabular data with two targets. How much they have in common is an argument; a model
-whose tasks share one bottom suffers when it is little, one with a gate for each task
-takes from each expert what it needs (Ma et al., 2018,
-https://doi.org/10.1145/3219819.3220007, whose synthetic data these are).
+The data are tabular, with two targets, whose correlation is an argument. If it is low,
+a model with one shared layer for both tasks is worse than one with a gate per task,
+which weighs the experts for its task. Model and data are those of Ma et al., 2018
+(https://doi.org/10.1145/3219819.3220007).
 
     python examples/multi_gate.py [--epochs 30] [--correlation 0.2]
 """
@@ -29,7 +29,7 @@ def main(arguments=None):
     x, targets = read_table(options.correlation)
     train, test = slice(1000, None), slice(1000)
     correlation = np.corrcoef(*targets.T)[0, 1]
-    print(f"The two targets correlate with {correlation:.2f}.")
+    print(f"The correlation of the two targets is {correlation:.2f}.")
     for name, build in (("shared bottom", shared_bottom), ("multi-gate", multi_gate)):
         keras.utils.set_random_seed(0)
         model = build()
@@ -48,16 +48,16 @@ def main(arguments=None):
             for y, target in zip(found, (first, second), strict=True)
         ]
         print(
-            f"{name:14}{model.count_params():8,} parameters, squared errors "
-            f"{errors[0]:.3f} and {errors[1]:.3f} of a variance of 1"
+            f"{name:14}{model.count_params():8,} parameters, mean squared errors "
+            f"{errors[0]:.3f} and {errors[1]:.3f} (variance 1)"
         )
 
 
 def read_table(correlation):
-    """Columns `[n, 32]` and two targets `[n, 2]`, each with variance 1.
+    """Returns columns `[n, 32]` and two targets `[n, 2]`, each with variance 1.
 
-    The targets' directions in the space of columns have the given correlation,
-    and on each lies the same wavy function.
+    Each target is the same sum of sines along a direction in the space of columns. The
+    two directions have the given correlation.
     """
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.normal(size=(COLUMNS, 2)))
@@ -88,7 +88,7 @@ def towers(hidden):
 
 
 def shared_bottom():
-    """As many experts' worth of units, which both tasks share as they are."""
+    """Creates a model with as many units as all experts, shared by both tasks."""
     columns = keras.Input((COLUMNS,))
     x = keras.layers.Dense(2 * WIDTH * EXPERTS, activation="relu")(
         keras.layers.Dense(WIDTH)(columns)
@@ -100,7 +100,7 @@ def shared_bottom():
 def multi_gate():
     columns = keras.Input((COLUMNS,))
     x = keras.layers.Dense(WIDTH)(columns)
-    # Every expert sees every row: `[1, e, batch, h]`.
+    # Every expert processes every row: `[1, e, batch, h]`.
     rows = ops.repeat(ops.expand_dims(x, (0, 1)), EXPERTS, axis=1)
     experts = keras_moe.HeterogeneousExperts([expert() for _ in range(EXPERTS)])
     results = experts(rows)

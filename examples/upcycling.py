@@ -1,8 +1,8 @@
-"""A trained dense language model grows experts, and goes on learning.
+"""Upcycling: a trained dense language model is continued with experts.
 
-The dense model of `char_lm.py` is trained. Then it goes on in two ways, for as
-many steps on the same batches: as it is, and with eight experts in place of each
-feed-forward layer that all start as copies of it, so that at first nothing changes.
+The dense model of `char_lm.py` is trained. Then training continues in two ways, on the
+same batches: as it is, and with eight experts in place of each feed-forward layer.
+These start as copies of it, so the outputs of the model do not change at first.
 
     python examples/upcycling.py [--dense-steps 400] [--steps 200]
         [--output runs/upcycling] [--seed 0]
@@ -25,8 +25,8 @@ NOISE = 0.0
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dense-steps", type=int, default=400, help="before")
-    parser.add_argument("--steps", type=int, default=200, help="in each of two ways")
+    parser.add_argument("--dense-steps", type=int, default=400, help="steps before")
+    parser.add_argument("--steps", type=int, default=200, help="steps after, each way")
     parser.add_argument("--output", type=pathlib.Path, default="runs/upcycling")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
@@ -38,10 +38,10 @@ def main(arguments=None):
     dense = char_lm.build_model(char_lm.dense_layer, len(alphabet))
     before = char_lm.train(dense, text, held_out, options.dense_steps, options.seed)
 
-    results = {"dense": dense_again(dense), "upcycled": upcycled(dense)}
+    results = {"dense": copy(dense), "upcycled": upcycled(dense)}
     for name, model in results.items():
         start = measure(model, held_out)
-        print(f"\n{name}: {start:.4f} bits before it goes on")
+        print(f"\n{name}: {start:.4f} bits at the start")
         if abs(start - before["bits"][-1]) > 1e-3:
             raise SystemExit(f"The dense model had {before['bits'][-1]:.4f}.")
         result = char_lm.train(model, text, held_out, options.steps, options.seed + 1)
@@ -52,44 +52,28 @@ def main(arguments=None):
     print(f"upcycling.png is in {options.output}.")
 
 
-def dense_again(dense):
-    """A copy of the model."""
-    copy = keras.models.clone_model(uncompiled(dense))
-    copy.set_weights(dense.get_weights())
-    return copy
-
-
-def uncompiled(model):
-    """The same model without its metrics, which a clone would have to find."""
-    return keras.Model(model.input, model.output)
+def copy(dense):
+    """Returns a copy of a model."""
+    return keras_moe.replace_layers(uncompiled(dense), lambda layer: None)
 
 
 def upcycled(dense):
-    """The model with experts in place of its feed-forward layers."""
+    """Returns a copy with experts in place of the feed-forward layers."""
 
-    def grow(layer):
-        if not isinstance(layer, keras_moe.FeedForward):
-            return type(layer).from_config(layer.get_config())
-        router = keras_moe.MaskedRouter(
+    def make_router():
+        return keras_moe.MaskedRouter(
             EXPERTS,
             num_selected_experts=EXPERTS_PER_TOKEN,
-            normalize_weights=True,  # 1 in sum: copies then answer as the original
-            load_balancing_loss_weight=0.01,
+            normalize_weights=True,  # combine weights sum to 1, as copies need
             export_metrics=("load_balancing_loss",),
         )
-        return keras_moe.upcycle(
-            layer,
-            router,
-            noise=NOISE,
-            train_capacity_factor=None,
-            eval_capacity_factor=None,
-        )
 
-    model = keras.models.clone_model(uncompiled(dense), clone_function=grow)
-    for layer in dense.layers:
-        if layer.weights and not isinstance(layer, keras_moe.FeedForward):
-            model.get_layer(layer.name).set_weights(layer.get_weights())
-    return model
+    return keras_moe.upcycle_model(uncompiled(dense), make_router, noise=NOISE)
+
+
+def uncompiled(model):
+    """Returns the same model without the custom metric of `compile`."""
+    return keras.Model(model.input, model.output)
 
 
 def measure(model, held_out):
@@ -114,11 +98,11 @@ def draw(before, results, file):
     first = before["steps"][-1]
     styles = {"dense": ("o--", "darkorange"), "upcycled": ("s-", "navy")}
     for name, x in results.items():
-        style, colour = styles[name]
+        style, color = styles[name]
         steps = [first, *(first + np.array(x["steps"]))]
         found = [x["start"], *x["bits"]]
         label = f"{name}: {found[-1]:.3f} at the end"
-        axes.plot(steps, found, style, color=colour, label=label)
+        axes.plot(steps, found, style, color=color, label=label)
     axes.set(title="Held-out text", xlabel="step", ylabel="bits per character")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,34 +1,50 @@
 """Mixture-of-Experts layers for Keras 3.
 
-The same letters stand for the same axes everywhere, in docstrings, comments
-and einsums:
+The same letters denote the same axes everywhere, in docstrings, comments and einsums:
 
     g  groups             t  tokens per group     h  hidden size
     e  experts            c  capacity: slots per expert and group
     k  experts per token  f  size of an expert's inner layer
-    a  assignments: rows, one for each choice of a token
+    a  assignments: rows, one per selected expert of a token
 """
 
-from keras_moe import callbacks, convert, distribution, losses, presets
-from keras_moe.acceleration import accelerate
-from keras_moe.backbone import MoeLayerWithBackbone
+import sys
+
+from keras_moe import (
+    callbacks,
+    convert,
+    distribution,
+    losses,
+    presets,
+    routing,
+    visualization,
+)
+from keras_moe.convert.keras_hub import accelerate
 from keras_moe.experts import FeedForward, FeedForwardExperts, HeterogeneousExperts
-from keras_moe.gate import Gate
-from keras_moe.hierarchical_moe_layer import HierarchicalMoeLayer
-from keras_moe.inspection import summary
+from keras_moe.inspection import route, summary
+from keras_moe.layers import (
+    HierarchicalMoeLayer,
+    MoeLayer,
+    MoeLayerWithBackbone,
+    SoftMoeLayer,
+)
 from keras_moe.metrics import LayerMetrics
-from keras_moe.moe_layer import MoeLayer
 from keras_moe.routers import (
     BiasBalancedMaskedRouter,
     ExpertsChooseMaskedRouter,
+    Gate,
     MaskedRouter,
     Router,
     TokensChooseRouter,
     Top2MaskedRouter,
 )
 from keras_moe.routing import RouterMask, Rows, Slots
-from keras_moe.soft_moe_layer import SoftMoeLayer
-from keras_moe.upcycling import select_experts, upcycle
+from keras_moe.upcycling import (
+    replace_layers,
+    select_experts,
+    upcycle,
+    upcycle_model,
+)
 
 __version__ = "0.1.0"
 
@@ -57,7 +73,20 @@ __all__ = [
     "distribution",
     "losses",
     "presets",
+    "replace_layers",
+    "route",
+    "routing",
     "select_experts",
     "summary",
     "upcycle",
+    "upcycle_model",
+    "visualization",
 ]
+
+# The modules of custom routers had these names before `keras_moe.routing`.
+for _name in ("selection", "placement"):
+    sys.modules[f"{__name__}.{_name}"] = getattr(routing, _name)
+
+
+def __dir__():
+    return [*__all__, "__version__"]

@@ -1,4 +1,4 @@
-"""Watching the routers of a model while it is trained."""
+"""Callbacks: routing statistics of each expert during training."""
 
 import csv
 import warnings
@@ -6,56 +6,70 @@ import warnings
 import keras
 import numpy as np
 
-from keras_moe import checks
-from keras_moe.inspection import layers_within
 from keras_moe.routers import Router
+from keras_moe.utils import checks
+from keras_moe.utils.traversal import find_layers
+
+PHASES = ("train", "validation", "test")
 
 
 class RoutingMonitor(keras.callbacks.Callback):
-    """What each router of a model does, epoch by epoch.
+    """Logs the expert load of each router, and warns of dropped tokens and collapse.
 
-    It finds every router, however nested, that does not say
-    `export_metrics=False`, and puts figures of each into the logs, under the
-    path of its MoE layer; in validation with `val_` before it:
+    It finds the routers of a model at any depth, except those with
+    `export_metrics=False`. At the end of each epoch it adds these values to the logs,
+    as `<path of the MoE layer>/<name>`, with `val_` in front for validation data:
 
-    - `max_load`, `min_load`: the busiest and the idlest expert, in units of
-      the mean, so that 1 is balance;
-    - `dead_experts`, `overloaded_experts`: how many are below `dead_below` or
-      above `overloaded_above`, in the same units;
-    - `load_entropy`: of the load, over that of perfect balance: 1 at best;
-    - `left_behind`: the share of tokens that no expert served;
-    - `z_loss`.
+    - `max_load`: the load of the most-loaded expert of a group, relative to the group's
+      mean load; the mean over groups. Above the capacity factor over `k`, assignments
+      are dropped.
+    - `min_load`: the load of the least-loaded expert over the whole epoch, relative to
+      the mean load. 1 is balanced.
+    - `dead_experts`, `overloaded_experts`: the number of experts whose load over the
+      whole epoch is below `dead_below` or above `overloaded_above`, relative to the
+      mean load.
+    - `load_entropy`: the entropy of the load over that of a balanced load, at most 1.
+    - `left_behind`: the fraction of tokens that are dropped, without any expert.
+    - `z_loss`: the unweighted router z-loss.
 
-    It goes before callbacks that are to see them, such as `CSVLogger`,
-    `TensorBoard` or `EarlyStopping`. The loads of all experts are in `history`.
-
-    ```python
-    monitor = keras_moe.callbacks.RoutingMonitor()
-    model.fit(x, y, epochs=3, callbacks=[monitor])
-    monitor.plot().savefig("load.png")
-    ```
+    Place it before callbacks that read these values, such as `CSVLogger`, `TensorBoard`
+    or `EarlyStopping`.
 
     Args:
-        every: int, of how many training batches there is a record besides
-            those of the epochs; `None` for none.
-        dead_below: float.
-        overloaded_above: float.
-        collapsed_below: float in [0, 1]. A router's spread is `(n - k) / (e - k)`
-            with `n = exp(entropy of the load)`, the number of experts that it
-            in effect uses, and the `k` that it would use if all tokens went
-            one way: 1 at balance, 0 at collapse. Below this there is a warning
-            that names the layer and its busiest experts.
+        every: int, the number of training batches after which a record is added to
+            `history`, besides those of the epochs. Defaults to `None`, no such records.
+        dead_below: float. Defaults to 0.01.
+        overloaded_above: float. Defaults to 2.
+        collapsed_below: float. Warns once per layer if the spread of a router,
+            `(n - k) / (e - k)`, is below. `n = exp(entropy of the load)` is the
+            effective number of experts; the spread is 1 for a balanced load and 0 if
+            all tokens select the same `k` experts. Defaults to 0.1.
+        dropped_above: float. Warns once per layer and phase if `left_behind` is above.
+            Defaults to 0.1.
 
     Attributes:
-        history: a list of dicts, one for each record of each router: `layer`;
-            `phase`, `"train"`, `"validation"` or `"test"`; `epoch`; `batch`,
-            `None` but with `every`; `step`, how many training batches it has
-            seen; the figures above; and `load`, numpy `[e]`, 1 in sum.
+        history: list of dicts, one per record and router. The keys: `layer`; `phase`,
+            `"train"`, `"validation"` or `"test"`; `epoch`; `batch`, `None` for the
+            record of an epoch; `step`, the number of training batches so far; the
+            values above; and `load`, numpy `[e]`, 1 in sum.
 
     Raises:
-        ValueError: for numbers out of range; in training, if there is nothing
-            to watch.
-        TypeError: for arguments of another type.
+        ValueError: if an argument is out of range; in training, if the model has no
+            router to monitor.
+        TypeError: if an argument has another type.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((8, 16))
+    layer = keras_moe.presets.mixtral(num_experts=4, d_ff=32, name="moe")
+    model = keras.Model(inputs, inputs + layer(inputs))
+    model.compile("adam", "mse")
+    monitor = keras_moe.callbacks.RoutingMonitor()
+    x = np.ones((4, 8, 16))
+    model.fit(x, x, epochs=3, callbacks=[monitor], verbose=0)
+    monitor.history[-1]["load"]
+    ```
     """
 
     def __init__(
@@ -65,18 +79,23 @@ class RoutingMonitor(keras.callbacks.Callback):
         dead_below=0.01,
         overloaded_above=2.0,
         collapsed_below=0.1,
+        dropped_above=0.1,
     ):
         super().__init__()
         self.every = None if every is None else checks.whole_number("every", every)
         self.dead_below = checks.number("dead_below", dead_below)
         self.overloaded_above = checks.number("overloaded_above", overloaded_above)
         self.collapsed_below = checks.number("collapsed_below", collapsed_below)
+        self.dropped_above = checks.number("dropped_above", dropped_above)
         self.history = []
         self._epoch = None
-        self._steps = 0
+        self._step = 0
+        # Of the current epoch or evaluation.
+        self._batches, self._last_sums = 0, None
+        self._train_logs, self._validation_logs = None, {}
         self._warned = set()
 
-    # What Keras calls
+    # Called by Keras
 
     def on_train_begin(self, logs=None):
         self._epoch = 0
@@ -84,46 +103,52 @@ class RoutingMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
         self._train_logs = None
-        self._begin()
+        self._clear()
 
     def on_train_batch_end(self, batch, logs=None):
-        # With `steps_per_execution` it is called for the last of several.
+        # With `steps_per_execution` it is called for the last of several batches.
         before, self._batches = self._batches, batch + 1
-        self._steps += self._batches - before
+        self._step += self._batches - before
         if self.every and self._batches // self.every > before // self.every:
-            self._record("train", batch=batch, since=self._last)
-            self._last = self._read()
+            self._record("train", batch=batch, since=self._last_sums)
+            self._last_sums = self._read()
 
     def on_test_begin(self, logs=None):
         if self._epoch is not None:
-            # Validation, between the last batch and the end of the epoch.
+            # Validation runs between the last batch and the end of the epoch.
             self._train_logs = self._record("train")
-        self._begin()
+        self._clear()
 
     def on_test_end(self, logs=None):
         if self._epoch is None:
             found = self._record("test")
         else:
             found = self._record("validation")
-            self._test_logs = {f"val_{name}": x for name, x in found.items()}
+            self._validation_logs = {f"val_{name}": x for name, x in found.items()}
         if logs is not None:
             logs.update(found)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._train_logs is None:
             self._train_logs = self._record("train")
-            self._test_logs = {}
+            self._validation_logs = {}
         if logs is not None:
-            logs.update({**self._train_logs, **self._test_logs})
+            logs.update({**self._train_logs, **self._validation_logs})
 
     def on_train_end(self, logs=None):
         self._epoch = None
 
-    # What users call
+    # Called by users
 
     def to_csv(self, path):
-        """Writes the history as a table: a row for each record, a column for
-        each figure and for the load of each expert."""
+        """Writes the history as a CSV file, one row per record.
+
+        The columns are the keys of a record, and `load_0`, `load_1`, ... for the load
+        of each expert.
+
+        Args:
+            path: string or path of the file.
+        """
         experts = max((len(record["load"]) for record in self.history), default=0)
         names = [name for name in (self.history or [{}])[0] if name != "load"]
         with open(path, "w", newline="") as file:
@@ -133,41 +158,55 @@ class RoutingMonitor(keras.callbacks.Callback):
                 table.writerow([record[name] for name in names] + list(record["load"]))
 
     def plot(self, phase="train"):
-        """Draws the load of each layer's experts over time, and at last.
+        """Draws the load of each layer's experts over time, and in the last record.
+
+        Needs matplotlib.
 
         Args:
-            phase: of which records.
+            phase: string, `"train"`, `"validation"` or `"test"`. Defaults to `"train"`.
 
         Returns:
             A `matplotlib.figure.Figure`.
+
+        Raises:
+            ValueError: if there is no record of this phase.
         """
         from keras_moe.visualization import draw_loads
 
-        return draw_loads([r for r in self.history if r["phase"] == phase])
+        checks.one_of("phase", phase, PHASES)
+        records = [r for r in self.history if r["phase"] == phase]
+        if not records:
+            found = sorted({r["phase"] for r in self.history})
+            raise ValueError(
+                f"There is no record of the phase {phase!r}: pass the monitor to `fit` "
+                "for training and validation, to `evaluate` for a test. Recorded so "
+                f"far: {found}."
+            )
+        return draw_loads(records)
 
-    # The records
+    # Records
 
     def _routers(self):
-        """The routers that keep a log; on JAX, `model` brings it up to date."""
-        found = [r for r in layers_within(self.model, Router) if r.log]
+        # On JAX, `self.model` copies the state of the training step into the variables.
+        found = [r for r in find_layers(self.model, Router) if r.log]
         if not found:
             raise ValueError(
-                "The model has no router to watch: there is none, or all say "
-                "`export_metrics=False`; `export_metrics=()` keeps them out of the "
-                "logs but can be watched."
+                "The model has no router to monitor: it has none, or all have "
+                "`export_metrics=False`. With `export_metrics=()` a router exports no "
+                "metrics but can be monitored."
             )
         return found
 
-    def _begin(self):
+    def _clear(self):
         for router in self._routers():
             router.log.clear()
-        self._batches, self._last = 0, None
+        self._batches, self._last_sums = 0, None
 
     def _read(self):
         return [router.log.read() for router in self._routers()]
 
     def _record(self, phase, batch=None, since=None):
-        """Adds records to the history; returns what goes into the logs."""
+        """Adds records to the history, and returns the values for the logs."""
         result = {}
         for i, router in enumerate(self._routers()):
             sums = router.log.read()
@@ -175,15 +214,16 @@ class RoutingMonitor(keras.callbacks.Callback):
                 sums = {name: x - since[i][name] for name, x in sums.items()}
             figures = self._figures(sums)
             layer = router.metrics_prefix
-            place = {
+            position = {
                 "layer": layer,
                 "phase": phase,
                 "epoch": self._epoch,
                 "batch": batch,
-                "step": self._steps,
+                "step": self._step,
             }
-            self.history.append({**place, **figures})
-            self._warn_of_collapse(layer, router, figures["load"])
+            self.history.append({**position, **figures})
+            self._warn_if_collapsed(layer, router, figures["load"])
+            self._warn_if_dropped(layer, phase, figures["left_behind"])
             del figures["load"]
             result |= {f"{layer}/{name}": float(x) for name, x in figures.items()}
         return result
@@ -193,7 +233,7 @@ class RoutingMonitor(keras.callbacks.Callback):
         load = sums["load"] / max(sums["load"].sum(), 1e-9)
         relative = experts * load
         return {
-            "max_load": relative.max(),
+            "max_load": sums["max_load"] / max(sums["groups"], 1.0),
             "min_load": relative.min(),
             "dead_experts": int(np.sum(relative < self.dead_below)),
             "overloaded_experts": int(np.sum(relative > self.overloaded_above)),
@@ -203,20 +243,37 @@ class RoutingMonitor(keras.callbacks.Callback):
             "load": load,
         }
 
-    def _warn_of_collapse(self, layer, router, load):
+    def _warn_if_collapsed(self, layer, router, load):
         experts, k = len(load), router.experts_per_token or 1
-        if layer in self._warned or experts <= k or not load.any():
+        if experts <= k or not load.any():
             return
         spread = (np.exp(_entropy(load)) - k) / (experts - k)
         if spread < self.collapsed_below:
-            self._warned.add(layer)
             busiest = np.flatnonzero(load > 1 / experts)
-            warnings.warn(
+            self._warn_once(
+                (layer, "collapsed"),
                 f"{layer} has collapsed: of {experts} experts, {busiest.tolist()} have "
-                f"{load[busiest].sum():.0%} of the load. A larger weight of the "
-                "balance loss, noise or a bias-balanced router may help.",
-                stacklevel=2,
+                f"{load[busiest].sum():.0%} of the load. Increase "
+                "`load_balancing_loss_weight`, add noise to the router, or use "
+                "`BiasBalancedMaskedRouter`.",
             )
+
+    def _warn_if_dropped(self, layer, phase, left_behind):
+        if left_behind > self.dropped_above:
+            factor = "train" if phase == "train" else "eval"
+            self._warn_once(
+                (layer, "dropped", phase),
+                f"{layer} drops {left_behind:.0%} of the tokens ({phase}): similar "
+                "tokens of a group select the same experts. Increase "
+                f"`{factor}_capacity_factor` (`None` is dropless, for routers that "
+                "support it), or route more examples together "
+                "(`examples_per_group=None` for the whole batch).",
+            )
+
+    def _warn_once(self, key, message):
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, stacklevel=2)
 
 
 def _entropy(load):

@@ -1,19 +1,20 @@
-"""Spreading experts over devices, with `keras.distribution`."""
+"""Expert parallelism with `keras.distribution`."""
 
 import keras
 
 
 def expert_layout_map(device_mesh, axis="expert"):
-    """A layout map that gives each device its share of the experts.
+    """Creates a layout map that splits experts over the devices of a mesh axis.
 
-    Kernels and biases of `FeedForwardExperts` are cut by expert along one axis of
-    the mesh. All else is whole on every device, until the map is told otherwise:
-    it is an ordinary `keras.distribution.LayoutMap`.
+    The kernels and biases of `FeedForwardExperts` are split along their expert axis.
+    All other variables are replicated, unless you add entries for them: the result is
+    an ordinary `keras.distribution.LayoutMap`.
 
     Args:
-        device_mesh: a `keras.distribution.DeviceMesh`.
-        axis: string, the axis of the mesh over which experts are spread. Their
-            number must be a multiple of its size. It may be the axis of the batch.
+        device_mesh: `keras.distribution.DeviceMesh`.
+        axis: string, the mesh axis over which experts are split. The number of experts
+            must be a multiple of its size. It may be the axis of the batch. Defaults to
+            `"expert"`.
 
     Returns:
         A `keras.distribution.LayoutMap`.
@@ -31,7 +32,7 @@ def expert_layout_map(device_mesh, axis="expert"):
             batch_dim_name="batch",
         )
     )
-    model = ...  # made, compiled and fitted as on one device
+    model = build_model()  # built, compiled and fitted as on one device
     ```
 
     Reference:
@@ -39,7 +40,7 @@ def expert_layout_map(device_mesh, axis="expert"):
     """
     if axis not in device_mesh.axis_names:
         raise ValueError(
-            f"`axis` must be one of the mesh, {device_mesh.axis_names}. "
+            f"`axis` must be an axis of the mesh, {device_mesh.axis_names}. "
             f"Received: axis={axis!r}."
         )
     layout_map = keras.distribution.LayoutMap(device_mesh)
@@ -49,40 +50,3 @@ def expert_layout_map(device_mesh, axis="expert"):
         None,
     )
     return layout_map
-
-
-def to_experts(buffers, experts):
-    """Buffers go to the devices of their experts, if these share the batch's axis.
-
-    Along an axis of their own each device has the tokens already. Along the batch's
-    a compiler would rather bring all experts to all tokens.
-
-    Args:
-        buffers: `[1, e, g·c, h]`; rows `[a, h]` stay where they are.
-        experts: the layer to which they go.
-
-    Returns:
-        The buffers.
-    """
-    return _from_cut_to_cut(2, 1, buffers, experts)
-
-
-def from_experts(buffers, experts):
-    """The way back: see `to_experts`."""
-    return _from_cut_to_cut(1, 2, buffers, experts)
-
-
-def _from_cut_to_cut(before, after, buffers, experts):
-    """Both ends are said, as the gradients go from the second to the first."""
-    distribution = keras.distribution.distribution()
-    if distribution is None or len(buffers.shape) != 4 or not experts.weights:
-        return buffers
-    batch, mesh = distribution.batch_dim_name, distribution.device_mesh
-    layout = distribution.get_variable_layout(experts.weights[0])
-    if list(layout.axes[:1]) != [batch]:
-        return buffers
-    for dimension in (before, after):
-        axes = [batch if i == dimension else None for i in range(4)]
-        layout = keras.distribution.TensorLayout(axes, mesh)
-        buffers = keras.distribution.distribute_tensor(buffers, layout)
-    return buffers

@@ -1,53 +1,165 @@
-"""What a model's Mixture-of-Experts layers are, and what they cost."""
+"""Inspection of a model's Mixture-of-Experts layers: their cost and their routing."""
 
 import math
 
 import keras
 import numpy as np
 
-from keras_moe import checks
-from keras_moe.base_layer import BaseMoeLayer
-from keras_moe.capacity_layer import CapacityMoeLayer
+from keras_moe.layers.base_layer import BaseMoeLayer
+from keras_moe.layers.moe_layer import MoeLayer
+from keras_moe.utils import checks
+from keras_moe.utils.traversal import find_layers
 
 
-def layers_within(layer, kind):
-    """The layers of a kind in a model or layer, however nested, each once."""
-    found, seen = [], set()
+def route(model, x, training=False):
+    """Returns the routing of each Mixture-of-Experts layer of a model for one batch.
 
-    def visit(x):
-        if isinstance(x, dict):
-            x = list(x.values())
-        if isinstance(x, (list, tuple, set)):
-            for part in x:
-                visit(part)
-        elif isinstance(x, keras.layers.Layer) and id(x) not in seen:
-            seen.add(id(x))
-            if isinstance(x, kind):
-                found.append(x)
-            visit(vars(x))
+    The layers add no losses and no metrics meanwhile. A layer that is called more than
+    once returns the routing of its last call.
 
-    visit(layer)
-    return found
+    Args:
+        model: a built model or layer.
+        x: inputs of the model.
+        training: bool, whether to call the model in training mode. Defaults to `False`.
+
+    Returns:
+        A dict of layer paths to `Slots`, `Rows` or `RouterMask`.
+
+    Raises:
+        ValueError: if the model has no Mixture-of-Experts layer, or is not built.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((8, 16))
+    layer = keras_moe.presets.mixtral(num_experts=4, d_ff=32, name="moe")
+    model = keras.Model(inputs, inputs + layer(inputs))
+    routings = keras_moe.route(model, np.ones((2, 8, 16)))
+    routings["moe"].group_sizes  # the rows of each expert
+    ```
+    """
+    routings = {}
+
+    def recording(layer):
+        compute_routing = layer.compute_routing
+
+        def compute_and_record(tokens, mask, training, report=True):
+            routing = compute_routing(tokens, mask, training, report=False)
+            routings[layer.path] = routing
+            return routing
+
+        return compute_and_record
+
+    layers = _built_moe_layers(model)
+    for layer in layers:
+        layer.compute_routing = recording(layer)
+    try:
+        model(
+            keras.tree.map_structure(keras.ops.convert_to_tensor, x), training=training
+        )
+    finally:
+        for layer in layers:
+            del layer.compute_routing
+    return routings
 
 
-def costs(layer, tokens_per_group):
-    """What a built Mixture-of-Experts layer costs.
+def _built_moe_layers(model):
+    layers = find_layers(model, BaseMoeLayer)
+    if not layers or not all(layer.built for layer in layers):
+        raise ValueError(
+            "`model` must be built and have Mixture-of-Experts layers. "
+            f"Received: {model.name} with {len(layers)}."
+        )
+    return layers
 
-    A parameter counts as 2 FLOPs for each token that it meets. A token meets
-    `k` experts; where experts have slots, these are computed, full or not.
+
+def summary(model, tokens_per_group=None, print_fn=print):
+    """Prints the Mixture-of-Experts layers of a model and their cost.
+
+    The columns: `experts`; `k`, experts per token; `parameters`; `active`, the
+    parameters that process a token; `FLOPs/token`, in inference, where each slot is
+    computed, filled or not; then, for training and evaluation, the slots of an expert
+    for a group, and `random drops`, the fraction of assignments that would be dropped
+    if the tokens of a group selected experts independently and uniformly. Real data
+    drops more, since similar tokens select the same experts: the metric
+    `fraction_tokens_left_behind` measures it.
+
+    Args:
+        model: a built model or layer.
+        tokens_per_group: int, the number of tokens that are routed together. Defaults
+            to that of the shape with which each layer was built.
+        print_fn: function that receives each line. Defaults to `print`.
+
+    Raises:
+        ValueError: if the model has no Mixture-of-Experts layer, or is not built; if
+            the tokens per group of a layer with a capacity are unknown.
+
+    Example:
+
+    ```python
+    inputs = keras.Input((32, 16))
+    layer = keras_moe.presets.switch(num_experts=8, d_ff=64, name="moe")
+    model = keras.Model(inputs, inputs + layer(inputs))
+    keras_moe.summary(model)
+    ```
+    """
+    layers = _built_moe_layers(model)
+    header = ("layer", "experts", "k", "parameters", "active", "FLOPs/token")
+    header += ("train: slots", "random drops", "eval: slots", "random drops")
+    rows, active = [header], model.count_params()
+    for layer in layers:
+        cost = layer_cost(layer, _group_size(layer, tokens_per_group))
+        if active is not None:
+            of_layer = cost["active_parameters"]
+            active = of_layer and active + of_layer - cost["parameters"]
+        row = [layer.path, layer.num_experts, layer.experts_per_token or "-"]
+        for name in ("parameters", "active_parameters", "flops_per_token"):
+            row.append("-" if cost[name] is None else f"{cost[name]:,}")
+        for phase in ("train", "eval"):
+            capacity, drops = cost[f"{phase}_capacity"], cost[f"{phase}_drops"]
+            row.append("no limit" if capacity is None else capacity)
+            row.append("-" if drops is None else f"{drops:.1%}")
+        rows.append(row)
+    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
+    for row in rows:
+        cells = [str(cell).rjust(w) for cell, w in zip(row, widths, strict=True)]
+        print_fn("  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]))
+    total = f"{model.name}: {model.count_params():,} parameters"
+    print_fn(
+        f"{total}." if active is None else f"{total}, {active:,} active per token."
+    )
+
+
+def _group_size(layer, tokens_per_group):
+    if tokens_per_group is not None:
+        return tokens_per_group
+    if layer.built_tokens_per_group is not None:
+        return layer.built_tokens_per_group
+    if layer.count_slots(1, training=True) is layer.count_slots(1, False) is None:
+        return 1  # Without a capacity it does not matter.
+    raise ValueError(
+        f"{layer.path} was built for inputs of unknown length, on which its capacity "
+        "depends: set `tokens_per_group`, the number of tokens routed together."
+    )
+
+
+def layer_cost(layer, tokens_per_group):
+    """Returns the cost of a built Mixture-of-Experts layer.
+
+    A parameter costs 2 FLOPs per token that it processes. A token is processed by `k`
+    experts; with a capacity, every slot is computed, filled or not.
 
     Args:
         layer: a built `MoeLayer`, `HierarchicalMoeLayer` or `SoftMoeLayer`.
         tokens_per_group: int.
 
     Returns:
-        A dict:
-        `parameters`, `active_parameters` that a token meets (in the mean, where
-        experts choose); `flops_per_token`, outside training; and for
-        `train` and `eval` each `_capacity`, the slots of an expert for a group,
-        and `_drops`, the share of choices that find no slot when a router's
-        choices are random and balanced; `None` without slots, or where no
-        token chooses.
+        A dict. `parameters`; `active_parameters`, those that process a token (on
+        average, where experts choose); `flops_per_token`, in inference; and for `train`
+        and `eval` each `_capacity`, the slots of an expert for a group, and `_drops`,
+        the fraction of assignments that would be dropped if the tokens of a group
+        selected experts independently and uniformly. A value that is not defined, or
+        not known, is `None`.
     """
     tokens = checks.whole_number("tokens_per_group", tokens_per_group)
     experts = layer.num_experts
@@ -60,21 +172,28 @@ def costs(layer, tokens_per_group):
         computed = k if slots is None else slots / tokens
         capacity = None if slots is None else slots // experts
         drops = None
-        if capacity and k and isinstance(layer, CapacityMoeLayer):
+        if capacity and k and isinstance(layer, MoeLayer):
             drops = expected_drops(tokens, experts, k, capacity)
         result |= {f"{phase}_capacity": capacity, f"{phase}_drops": drops}
-    met = computed if k is None else k
-    of_others = parameters - of_experts
-    result["active_parameters"] = round(of_others + of_experts * met / experts)
-    result["flops_per_token"] = round(2 * (of_others + of_experts * computed / experts))
+
+    def with_experts(per_token):
+        """The parameters of `per_token` experts and of all other parts."""
+        if per_token is None:
+            return None
+        return parameters - of_experts + of_experts * per_token / experts
+
+    active = with_experts(computed if k is None else k)
+    met = with_experts(computed)
+    result["active_parameters"] = active and round(active)
+    result["flops_per_token"] = met and round(2 * met)
     return result
 
 
 def expected_drops(tokens, num_experts, k, capacity):
-    """The share of choices that find their expert full.
+    """Returns the fraction of assignments dropped for independent, uniform choices.
 
-    Each of `t` tokens chooses `k` of `e` experts at random, so that an expert
-    is wanted by a binomial number of them, with mean `t · k / e`.
+    Each of `t` tokens selects `k` of `e` experts independently of the others, so the
+    load of an expert has a binomial distribution with mean `t · k / e`.
 
     Args:
         tokens: int `t`.
@@ -83,57 +202,15 @@ def expected_drops(tokens, num_experts, k, capacity):
         capacity: int `c`, the slots of an expert.
 
     Returns:
-        float, `E[max(wanted - c, 0)] · e / (t · k)`.
+        A float, `E[max(load - c, 0)] · e / (t · k)`.
     """
     share = k / num_experts
     if share >= 1:
         return max(0.0, 1 - capacity / tokens)
-    wanted = np.arange(capacity + 1, tokens + 1)
+    loads = np.arange(capacity + 1, tokens + 1)
     ways = [
         math.lgamma(tokens + 1) - math.lgamma(n + 1) - math.lgamma(tokens - n + 1)
-        for n in wanted
+        for n in loads
     ]
-    log_p = ways + wanted * math.log(share) + (tokens - wanted) * math.log1p(-share)
-    return float(np.sum(np.exp(log_p) * (wanted - capacity)) / (tokens * share))
-
-
-def summary(model, tokens_per_group, print_fn=print):
-    """Prints what the Mixture-of-Experts layers of a model are, and cost.
-
-    Args:
-        model: a built model or layer.
-        tokens_per_group: int, for capacities: the tokens that are routed
-            together, such as the length of an example.
-        print_fn: function that is given each line.
-
-    Raises:
-        ValueError: if there is no such layer, or it is not built.
-    """
-    layers = layers_within(model, BaseMoeLayer)
-    if not layers or not all(layer.built for layer in layers):
-        raise ValueError(
-            "`model` must have Mixture-of-Experts layers, and be built. "
-            f"Received: {model.name} with {len(layers)}."
-        )
-    header = ("layer", "experts", "k", "parameters", "active", "FLOPs/token")
-    header += ("train: slots", "drops", "eval: slots", "drops")
-    rows, active = [header], model.count_params()
-    for layer in layers:
-        cost = costs(layer, tokens_per_group)
-        active += cost["active_parameters"] - cost["parameters"]
-        row = [layer.path, layer.num_experts, layer.experts_per_token or "-"]
-        row += [f"{cost[name]:,}" for name in ("parameters", "active_parameters")]
-        row.append(f"{cost['flops_per_token']:,}")
-        for phase in ("train", "eval"):
-            capacity, drops = cost[f"{phase}_capacity"], cost[f"{phase}_drops"]
-            row.append("no limit" if capacity is None else capacity)
-            row.append("-" if drops is None else f"{drops:.1%}")
-        rows.append(row)
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(header))]
-    for row in rows:
-        cells = [str(cell).rjust(w) for cell, w in zip(row, widths, strict=True)]
-        print_fn("  ".join([cells[0].strip().ljust(widths[0]), *cells[1:]]))
-    print_fn(
-        f"{model.name}: {model.count_params():,} parameters, of which a token meets "
-        f"{active:,}."
-    )
+    log_p = ways + loads * math.log(share) + (tokens - loads) * math.log1p(-share)
+    return float(np.sum(np.exp(log_p) * (loads - capacity)) / (tokens * share))

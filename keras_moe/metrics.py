@@ -1,72 +1,50 @@
-"""What is looked at: routing statistics, and `add_metric` for Keras 3 layers."""
+"""Layer metrics: `add_metric` for Keras 3 layers, on every backend."""
 
 import keras
-import numpy as np
 from keras import ops
 
-from keras_moe.kernels import CARRIES_STATE, scatter_add_rows
-from keras_moe.routing import expert_load
-
-
-def routing_statistics(routing, valid):
-    """How a routing used its experts, as float32 scalars.
-
-    Args:
-        routing: `Slots`, `Rows` or `RouterMask`.
-        valid: float32 scalar, the number of tokens that are not masked.
-
-    Returns:
-        A dict:
-        `fraction_tokens_left_behind`, the share of valid tokens without any
-        slot; `router_confidence`, the mean combine weight of a filled slot;
-        `expert_usage`, the share of slots that are filled, or without slots of
-        experts with a token. Each is 0 where there is nothing to take the
-        share of.
-    """
-    served = ops.sum(ops.cast(routing.slots_per_token > 0, "float32"))
-    return {
-        "fraction_tokens_left_behind": _share(valid - served, valid),
-        "router_confidence": _share(
-            ops.sum(routing.weight), ops.sum(routing.assignments)
-        ),
-        "expert_usage": routing.expert_usage,
-    }
-
-
-def _share(part, whole):
-    return part / ops.maximum(whole, 1.0)
+from keras_moe.kernels import STATE_IS_PASSED, scatter_add_rows
 
 
 class LayerMetrics:
-    """Gives `add_metric` back to a Keras 3 layer. A mixin.
+    """Adds `add_metric` to a Keras 3 layer. A mixin.
 
-    Put it before the layer class. What `call` hands to `add_metric` is
-    averaged over the batches of an epoch, and stands in the progress bar, in
-    the history of `fit` (`val_` too) and in `evaluate(return_dict=True)` under
-    `<layer path>/<name>`, on every backend:
+    Put it before the layer class. A value passed to `add_metric` in `call` is averaged
+    over the batches of an epoch. It appears in the progress bar, in the history of
+    `fit` (with `val_` for validation data) and in `evaluate(return_dict=True)`, as
+    `<layer path>/<name>`.
+
+    The running sums are state of the layer, but not weights: they are not in `weights`,
+    `count_params()` or a saved file.
+
+    Args:
+        *args: forwarded to the layer class.
+        export_metrics: `True`; `False`, with which `add_metric` does nothing; or a
+            tuple of the names to keep. It is not in the config of the layer; add it in
+            `get_config` if the constructor accepts it. Defaults to `True`.
+        **kwargs: forwarded to the layer class.
+
+    Raises:
+        TypeError: if `export_metrics` has another type.
+
+    Example:
 
     ```python
     class Scale(keras_moe.LayerMetrics, keras.layers.Layer):
         def call(self, inputs):
             self.add_metric(keras.ops.mean(keras.ops.abs(inputs)), "magnitude")
             return inputs
+
+
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, Scale(name="scale")(inputs))
+    model.compile(loss="mse")
+    x = np.ones((4, 3))
+    model.evaluate(x, x, return_dict=True)  # {"loss": 0.0, "scale/magnitude": 1.0}
     ```
-
-    The running sums are state of the layer, but no weights: they stand neither
-    in `weights`, nor in `count_params()`, nor in a saved file.
-
-    Args:
-        *args: forwarded to the layer class.
-        export_metrics: `True`, `False` (`add_metric` then does nothing), or a
-            tuple of the names to keep. It is no part of the config; a layer
-            that takes it says so there.
-        **kwargs: forwarded to the layer class.
-
-    Raises:
-        TypeError: if `export_metrics` is something else.
     """
 
-    # Before `__init__`, where Keras may already ask for `variables`.
+    # Set before `__init__`, where Keras may read `variables`.
     export_metrics = False
 
     def __init__(self, *args, export_metrics=True, **kwargs):
@@ -84,23 +62,23 @@ class LayerMetrics:
         self._running_means = _RunningMeans(self.name) if export_metrics else None
 
     def add_metric(self, value, name):
-        """Averages a scalar over the epoch, under the layer's path.
+        """Averages a scalar over the epoch.
 
         Args:
-            value: a scalar.
-            name: a string; a name given again is the same metric.
+            value: scalar.
+            name: string. Values of the same name belong to the same metric.
 
         Raises:
-            ValueError: if the value is no scalar.
-            TypeError: if the name is no string.
+            ValueError: if the value is not a scalar.
+            TypeError: if the name is not a string.
         """
         self.add_metrics({name: value})
 
     def add_metrics(self, values):
-        """`add_metric` for a dict of several, in one update.
+        """Averages several scalars, in one update: see `add_metric`.
 
         Args:
-            values: a dict of names to scalars.
+            values: dict of names to scalars.
         """
         if not self.export_metrics:
             return
@@ -111,7 +89,7 @@ class LayerMetrics:
 
     @property
     def metrics_prefix(self):
-        """What stands before a metric's name: the layer's path."""
+        """The prefix of the metrics' names: the path of the layer."""
         return self.path or self.name
 
     @property
@@ -122,20 +100,19 @@ class LayerMetrics:
 
     @property
     def variables(self):
-        # Backends that are given a model's state, as JAX is, find it here.
+        # Backends that pass a model's state to a step, such as JAX, read it here.
         return super().variables + self.running_state
 
     @property
     def running_state(self):
-        """Variables of the layer that are no weights."""
+        """The layer's variables that are not weights."""
         return [self._running_means.state] if self.export_metrics else []
 
 
 def running_sums(shape, name):
-    """A variable for sums over batches, which is no weight of any layer."""
-    # Made from an initializer, not an array, so that a layer may be made while
-    # another is built symbolically; never autocast, as bfloat16 does not count
-    # beyond 256.
+    """Creates a variable for sums over batches that is not a weight of a layer."""
+    # It has an initializer instead of an array, so that a layer can be created while
+    # another is built symbolically, and no autocast: bfloat16 cannot count beyond 256.
     return keras.Variable(
         initializer="zeros",
         shape=shape,
@@ -143,55 +120,19 @@ def running_sums(shape, name):
         trainable=False,
         autocast=False,
         aggregation="sum",
-        # Else a replica waits here for the others, and loses losses added before.
+        # With other values a replica waits here for the others, and discards losses
+        # that were already added.
         synchronization="on_read",
         name=name,
     )
 
 
-class RoutingLog:
-    """What a router did, in sums over batches, for `RoutingMonitor`.
-
-    It is a plain object, so that Keras takes the variable for no weight. The owner's
-    name is part of the variable's.
-    """
-
-    def __init__(self, owner, num_experts):
-        self.sums = running_sums((num_experts + 3,), f"{owner}_routing_log")
-
-    def update(self, routing, *, valid, left_behind, z_loss):
-        """Adds a batch.
-
-        Args:
-            routing: `Slots`, `Rows` or `RouterMask`.
-            valid: float32 scalar, the number of tokens that are not masked.
-            left_behind: float32 scalar, the share of these without an expert.
-            z_loss: float32 scalar.
-        """
-        figures = ops.stack([valid, valid * left_behind, valid * z_loss])
-        sums = ops.concatenate([figures, expert_load(routing)])
-        self.sums.assign_add(ops.stop_gradient(sums))
-
-    def read(self):
-        """A dict of the sums since the last `clear`, numpy."""
-        tokens, left_behind, z_loss, *load = ops.convert_to_numpy(self.sums)
-        return {
-            "tokens": tokens,
-            "left_behind": left_behind,
-            "z_loss": z_loss,
-            "load": np.array(load),
-        }
-
-    def clear(self):
-        self.sums.assign(ops.zeros(self.sums.shape, dtype="float32"))
-
-
 class _RunningMeans:
     """Sums and counts of named values, in one variable.
 
-    It is a plain object, so that Keras takes the variable for no weight. The owner's
-    name is part of the variable's. The variable has room for metrics that are first
-    named while a step is being compiled, when it is too late for a new variable.
+    This is not a Keras object, so Keras does not track the variable as a weight. The
+    variable has room for metrics that are first named while a step is compiled, when no
+    variable can be created.
     """
 
     room = 32
@@ -206,7 +147,7 @@ class _RunningMeans:
         for name in values:
             if not isinstance(name, str):
                 raise TypeError(
-                    f"A metric's name must be a string. Received: {name!r}."
+                    f"The name of a metric must be a string. Received: {name!r}."
                 )
             if name not in self._columns:
                 self._add_column(name, prefix)
@@ -215,9 +156,9 @@ class _RunningMeans:
         counted = ops.stop_gradient(ops.stack([sums, ops.ones_like(sums)], axis=-1))
         sums = scatter_add_rows(counted[None], columns[None], self.room)
         self.state.assign_add(sums[0])
-        # A JAX step asks for results before the variable has its new value;
-        # this is that value, for as long as the step is being traced.
-        if CARRIES_STATE:
+        # A step on JAX reads results before the variable has its new value. This is
+        # that value while the step is traced.
+        if STATE_IS_PASSED:
             self._traced = ops.stop_gradient(ops.convert_to_tensor(self.state))
 
     def result(self, column):
@@ -228,9 +169,9 @@ class _RunningMeans:
                 total, count = state[column, 0], state[column, 1]
                 return total / ops.maximum(count, 1.0)
             except (TypeError, ValueError):
-                # Of a trace that has ended, or without a value in this one.
+                # From a trace that has ended, or without a value in this one.
                 continue
-        # Keeps the key in the logs; Keras fills in the value after the epoch.
+        # Keeps the key in the logs; Keras replaces the value after the epoch.
         return float("nan")
 
     def reset(self, column):
@@ -260,7 +201,7 @@ def _scalar(name, value):
 
 
 class _View(keras.metrics.Metric):
-    """One mean of `_RunningMeans`, as a metric without variables."""
+    """One mean of `_RunningMeans`, as a metric without variables of its own."""
 
     def __init__(self, means, column, name):
         super().__init__(name=name)

@@ -1,57 +1,118 @@
-"""The choices of known papers and models, as plain `MoeLayer`s.
+"""Presets: the settings of known papers and models, as ready-made layers.
 
-Each function takes the number of experts `e`, the width `f` of each, and
-keyword arguments of `MoeLayer`, which come before the preset's own.
+Each function takes the number of experts `e` and the size `f` of each. All other
+arguments have the values of the paper or of the released model as defaults.
+
+Presets with a capacity drop tokens where similar tokens are routed together; see
+"Which settings?" in the documentation.
 """
 
-from keras_moe import checks
 from keras_moe.experts import FeedForwardExperts
-from keras_moe.moe_layer import MoeLayer
+from keras_moe.layers import MoeLayer, MoeLayerWithBackbone
 from keras_moe.routers import (
     BiasBalancedMaskedRouter,
     ExpertsChooseMaskedRouter,
     MaskedRouter,
     Top2MaskedRouter,
 )
+from keras_moe.utils import checks
 
-# Experts without biases, as all but `expert_choice` have them.
+# Experts without biases, as in all of these but `expert_choice`.
 _RELU = {"activation": "relu", "use_bias": False}
 _SWIGLU = {"activation": "silu", "gated": True, "use_bias": False}
 
-# Capacities.
-_TWICE = {"train_capacity_factor": 2.0, "eval_capacity_factor": 2.0}
-_DROPLESS = {"train_capacity_factor": None, "eval_capacity_factor": None}
 
+def switch(
+    num_experts,
+    d_ff,
+    *,
+    train_capacity_factor=1.25,
+    eval_capacity_factor=2.0,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of the Switch Transformer: one expert per token.
 
-def switch(num_experts, d_ff, **kwargs):
-    """The Switch Transformer: one expert a token, and a capacity.
+    Similar tokens of a group select the same experts, so with groups of one example
+    these capacity factors drop many tokens of real text. `examples_per_group=None`
+    drops few, and a factor of `None` drops none.
 
     Args:
-        num_experts: int.
-        d_ff: int.
-        **kwargs: of `MoeLayer`; capacity factors of 1.25 and 2 by default.
+        num_experts: int, the number of experts `e`.
+        d_ff: int, the size `f` of an expert's inner layer.
+        train_capacity_factor: see `MoeLayer`. Defaults to 1.25.
+        eval_capacity_factor: see `MoeLayer`. Defaults to 2.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.switch(num_experts=8, d_ff=64)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
 
     Reference:
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2.
     """
     router = {"jitter_noise": 0.01, "load_balancing_loss_weight": 0.01}
-    factors = {"train_capacity_factor": 1.25, "eval_capacity_factor": 2.0}
-    return _make(num_experts, d_ff, MaskedRouter, router, _RELU, factors | kwargs)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _RELU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
-def gshard(num_experts, d_ff, **kwargs):
-    """GShard: the best expert, and the second best at random by its weight.
+def gshard(
+    num_experts,
+    d_ff,
+    *,
+    train_capacity_factor=2.0,
+    eval_capacity_factor=2.0,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of GShard: the best expert, and the second best at random.
+
+    The second expert is used with a probability of twice its combine weight.
+
+    Similar tokens of a group select the same experts, so with groups of one example
+    these capacity factors drop many tokens of real text. `examples_per_group=None`
+    drops few, and a factor of `None` drops none.
 
     Args:
-        num_experts: int.
-        d_ff: int.
-        **kwargs: of `MoeLayer`; capacity factors of 2 by default.
+        num_experts: int, the number of experts `e`.
+        d_ff: int, the size `f` of an expert's inner layer.
+        train_capacity_factor: see `MoeLayer`. Defaults to 2.
+        eval_capacity_factor: see `MoeLayer`. Defaults to 2.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.gshard(num_experts=8, d_ff=64)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
 
     Reference:
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1.
@@ -62,65 +123,251 @@ def gshard(num_experts, d_ff, **kwargs):
         "second_policy_eval": "all",
         "load_balancing_loss_weight": 0.01,
     }
-    return _make(num_experts, d_ff, Top2MaskedRouter, router, _RELU, _TWICE | kwargs)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        Top2MaskedRouter,
+        router,
+        _RELU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
-def mixtral(num_experts, d_ff, *, num_selected_experts=2, **kwargs):
-    """Mixtral: two SwiGLU experts a token, dropless.
+def mixtral(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=2,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of Mixtral: two SwiGLU experts per token, dropless.
 
     Args:
-        num_experts: int.
-        d_ff: int.
-        num_selected_experts: int.
-        **kwargs: of `MoeLayer`; no capacity by default.
+        num_experts: int, the number of experts `e`; 8 in the released
+            models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 2.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.mixtral(num_experts=8, d_ff=64)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
 
     Reference:
         [Jiang et al., 2024](https://arxiv.org/abs/2401.04088), section 2.1.
     """
-    router = _choice(num_selected_experts, 0.02)
-    return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
+    router = _top_k(num_selected_experts, loss_at_k=0.02)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
-def qwen3_moe(num_experts, d_ff, *, num_selected_experts=8, **kwargs):
-    """Qwen3-MoE: eight narrow SwiGLU experts a token, dropless.
+def qwen2_moe(
+    num_experts,
+    d_ff,
+    *,
+    shared_d_ff=None,
+    num_selected_experts=4,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of Qwen2-MoE: four SwiGLU experts per token, and a shared one.
+
+    The combine weights are not normalized. A gate scales the output of the shared
+    expert, which processes every token.
 
     Args:
-        num_experts: int; 128 in the released models.
-        d_ff: int.
-        num_selected_experts: int.
-        **kwargs: of `MoeLayer`; no capacity by default.
+        num_experts: int, the number of experts `e`; 60 or 64 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        shared_d_ff: int, the size of the shared expert's inner layer. Defaults to
+            `None`, four times `d_ff`.
+        num_selected_experts: int, the experts per token. Defaults to 4.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayerWithBackbone`, whose backbone is the shared expert.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.qwen2_moe(num_experts=8, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [Qwen Team, 2024](https://arxiv.org/abs/2407.10671), section 2.2.2.
+    """
+    router = _top_k(num_selected_experts, loss_at_k=0.001, normalize=False)
+    if shared_d_ff is None:
+        shared_d_ff = 4 * checks.whole_number("d_ff", d_ff)
+    shared_d_ff = checks.whole_number("shared_d_ff", shared_d_ff)
+    name = kwargs.pop("name", None)
+    moe = _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+    return MoeLayerWithBackbone(
+        moe,
+        shared_d_ff,
+        backbone_gate=True,
+        name=name,
+        dtype=kwargs.get("dtype"),
+        **_SWIGLU,
+    )
+
+
+def qwen3_moe(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=8,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of Qwen3-MoE: eight narrow SwiGLU experts per token, dropless.
+
+    Args:
+        num_experts: int, the number of experts `e`; 128 in the released
+            models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.qwen3_moe(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
 
     Reference:
         [Qwen Team, 2025](https://arxiv.org/abs/2505.09388), section 2.
     """
-    router = _choice(num_selected_experts, 0.001)
-    return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
+    router = _top_k(num_selected_experts, loss_at_k=0.001)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
-def olmoe(num_experts, d_ff, *, num_selected_experts=8, **kwargs):
-    """OLMoE: eight narrow SwiGLU experts a token, not normalised, dropless.
+def olmoe(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=8,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of OLMoE: eight narrow SwiGLU experts per token, dropless.
+
+    The combine weights are not normalized.
 
     Args:
-        num_experts: int; 64 in the released model.
-        d_ff: int.
-        num_selected_experts: int.
-        **kwargs: of `MoeLayer`; no capacity by default.
+        num_experts: int, the number of experts `e`; 64 in the released
+            model.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
 
+    Example:
+
+    ```python
+    layer = keras_moe.presets.olmoe(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
     Reference:
         [Muennighoff et al., 2024](https://arxiv.org/abs/2409.02060), section 2.
     """
-    router = _choice(num_selected_experts, 0.01, normalize=False)
+    router = _top_k(num_selected_experts, loss_at_k=0.01, normalize=False)
     router["router_z_loss_weight"] = 0.001
-    return _make(num_experts, d_ff, MaskedRouter, router, _SWIGLU, _DROPLESS | kwargs)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
 def deepseek_v3(
@@ -130,22 +377,39 @@ def deepseek_v3(
     num_selected_experts=8,
     num_expert_groups=8,
     num_selected_groups=4,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
     **kwargs,
 ):
-    """DeepSeek-V3: sigmoid scores, balanced by a bias, dropless.
+    """Creates the layer of DeepSeek-V3: sigmoid scores, balanced by a bias, dropless.
 
-    The model's shared expert is `MoeLayerWithBackbone` around this layer.
+    For the model's shared expert, put the layer into a `MoeLayerWithBackbone`.
 
     Args:
-        num_experts: int; 256 in the released model.
-        d_ff: int.
-        num_selected_experts: int.
-        num_expert_groups: int that divides `num_experts`.
-        num_selected_groups: int.
-        **kwargs: of `MoeLayer`; no capacity by default.
+        num_experts: int, the number of experts `e`; 256 in the released
+            model.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        num_expert_groups: int that divides `num_experts`. Defaults to 8.
+        num_selected_groups: int, the groups that a token may use. Defaults to 4.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.deepseek_v3(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
 
     Reference:
         [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2.
@@ -157,49 +421,104 @@ def deepseek_v3(
         "routed_scaling_factor": 2.5,
         "bias_update_rate": 0.001,
     }
-    kind = BiasBalancedMaskedRouter
-    return _make(num_experts, d_ff, kind, router, _SWIGLU, _DROPLESS | kwargs)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        BiasBalancedMaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
-def expert_choice(num_experts, d_ff, **kwargs):
-    """Expert choice: each expert takes its best tokens, twice as many in all.
+def expert_choice(
+    num_experts,
+    d_ff,
+    *,
+    train_capacity_factor=2.0,
+    eval_capacity_factor=2.0,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates an expert-choice layer: experts select tokens, two per token on average.
 
-    Not for decoders: it looks at later tokens.
+    Not for decoders: the routing of a token depends on later tokens.
 
     Args:
-        num_experts: int.
-        d_ff: int.
-        **kwargs: of `MoeLayer`; capacity factors of 2 by default.
+        num_experts: int, the number of experts `e`.
+        d_ff: int, the size `f` of an expert's inner layer.
+        train_capacity_factor: see `MoeLayer`. Defaults to 2.
+        eval_capacity_factor: see `MoeLayer`. Defaults to 2.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
 
     Returns:
         A `MoeLayer`.
 
+    Example:
+
+    ```python
+    layer = keras_moe.presets.expert_choice(num_experts=8, d_ff=64)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
     Reference:
         [Zhou et al., 2022](https://arxiv.org/abs/2202.09368), section 3.
     """
-    kind = ExpertsChooseMaskedRouter
-    return _make(num_experts, d_ff, kind, {}, {}, _TWICE | kwargs)
+    router = {}
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        ExpertsChooseMaskedRouter,
+        router,
+        {},
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
 
 
-def _choice(k, loss_of_k, normalize=True):
-    """Softmax, the best `k`, and their weights divided by their sum or not.
+def _top_k(k, loss_at_k, normalize=True):
+    """Returns the arguments of a router with a softmax over all experts.
 
-    `loss_of_k` is the `router_aux_loss_coef` in the released models' configs,
-    of a balance loss that is `k` at balance where ours is 1.
+    `loss_at_k` is `router_aux_loss_coef` in the config of the released model. It weighs
+    a balance loss that is `k` for a balanced load, where ours is 1.
     """
     k = checks.whole_number("num_selected_experts", k)
     return {
         "num_selected_experts": k,
         "normalize_weights": normalize,
-        "load_balancing_loss_weight": loss_of_k * k,
+        "load_balancing_loss_weight": loss_at_k * k,
     }
 
 
-def _make(num_experts, d_ff, router_class, router, experts, kwargs):
-    """A layer from the arguments of its router, its experts and itself."""
-    dtype = kwargs.get("dtype")
+def _moe_layer(
+    num_experts,
+    d_ff,
+    make_router,
+    router,
+    experts,
+    router_kwargs,
+    experts_kwargs,
+    **kwargs,
+):
+    """Creates a layer of a preset's router and experts and the user's arguments."""
+    dtype = {"dtype": kwargs.get("dtype")}
+    experts = (
+        dtype | experts | checks.keyword_arguments("experts_kwargs", experts_kwargs)
+    )
+    router = dtype | router | checks.keyword_arguments("router_kwargs", router_kwargs)
     return MoeLayer(
-        FeedForwardExperts(num_experts, d_ff, dtype=dtype, **experts),
-        router_class(num_experts, use_bias=False, dtype=dtype, **router),
+        FeedForwardExperts(num_experts, d_ff, **experts),
+        make_router(num_experts, **{"use_bias": False} | router),
         **kwargs,
     )

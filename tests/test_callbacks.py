@@ -91,7 +91,9 @@ def test_figures_are_those_of_the_routing(kind, x):
     for record, data in zip(monitor.history, (x[:6], x[6:]) * 2, strict=True):
         load = expected_load(layer, data, training=record["phase"] == "train")
         np.testing.assert_allclose(record["load"], load, atol=1e-6)
-        assert record["max_load"] == pytest.approx(E * load.max(), rel=1e-5)
+        of_groups = layer.route(data, training=record["phase"] == "train").load
+        largest = ops.convert_to_numpy(of_groups).max(axis=-1).mean()
+        assert record["max_load"] == pytest.approx(E * largest, rel=1e-5)
         assert record["min_load"] == pytest.approx(E * load.min(), rel=1e-5)
         entropy = -np.sum(load[load > 0] * np.log(load[load > 0])) / np.log(E)
         assert record["load_entropy"] == pytest.approx(entropy, rel=1e-5)
@@ -203,10 +205,55 @@ def test_the_table(x, tmp_path):
     np.testing.assert_allclose(found, monitor.history[1]["load"], rtol=1e-6)
 
 
-def test_nothing_to_watch(x):
+def test_nothing_to_monitor(x):
     for model in (
         functional(make_moe(export_metrics=False), (T, H)),
         functional(keras.layers.Dense(H), (T, H)),
     ):
-        with pytest.raises(ValueError, match="no router to watch"):
+        with pytest.raises(ValueError, match="no router to monitor"):
             frozen(model).fit(x, x, callbacks=[RoutingMonitor()], verbose=0)
+
+
+def test_dropped_tokens_are_named(x):
+    moe = make_moe("mixture", factor=1.0)
+    model = frozen(functional(moe, (T, H)))
+    moe.router.router_weights.bias.assign([0.0, 0.0, 3.0, 0.0])
+    monitor = RoutingMonitor(collapsed_below=0.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model.fit(
+            x, x, validation_data=(x, x), callbacks=[monitor], epochs=2, verbose=0
+        )
+    messages = [str(w.message) for w in caught if "drops" in str(w.message)]
+    assert len(messages) == 2  # Once for training and once for validation.
+    left_behind = monitor.history[0]["left_behind"]
+    assert f"mixture drops {left_behind:.0%} of the tokens (train)" in messages[0]
+    assert "`train_capacity_factor`" in messages[0]
+    assert "`examples_per_group=None`" in messages[0]
+    assert "(validation)" in messages[1] and "`eval_capacity_factor`" in messages[1]
+
+
+def test_the_largest_load_is_that_of_groups(x):
+    """Each group prefers an expert of its own: balanced together, not one by one."""
+    moe = make_moe(factor=None, k=1)
+    model = frozen(functional(moe, (T, H)))
+    kernel = np.zeros((H, E), "float32")
+    kernel[:E] = 9 * np.eye(E)
+    moe.router.router_weights.kernel.assign(kernel)
+    x = np.zeros((E, T, H), "float32")
+    x[np.arange(E), :, np.arange(E)] = 1
+    monitor = RoutingMonitor()
+    model.fit(x, x, callbacks=[monitor], verbose=0)
+    (record,) = monitor.history
+    assert record["max_load"] == pytest.approx(E)
+    assert record["min_load"] == pytest.approx(1)
+
+
+def test_a_phase_without_records_is_named(x):
+    monitor = RoutingMonitor()
+    frozen(MODELS["functional"]()).fit(x, x, callbacks=[monitor], verbose=0)
+    assert monitor.plot().axes
+    with pytest.raises(ValueError, match=r"phase 'test'.*`evaluate`.*\['train'\]"):
+        monitor.plot("test")
+    with pytest.raises(ValueError, match="`phase` must be one of"):
+        monitor.plot("training")

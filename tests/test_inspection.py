@@ -1,7 +1,7 @@
 import keras
 import numpy as np
 import pytest
-from layer_check import Subclassed, functional
+from layer_check import functional
 
 from keras_moe import (
     ExpertsChooseMaskedRouter,
@@ -9,13 +9,15 @@ from keras_moe import (
     HierarchicalMoeLayer,
     MaskedRouter,
     MoeLayer,
-    MoeLayerWithBackbone,
+    Router,
+    Rows,
     SoftMoeLayer,
     Top2MaskedRouter,
+    route,
     summary,
 )
-from keras_moe.inspection import costs, expected_drops, layers_within
-from keras_moe.routers import Router
+from keras_moe.inspection import expected_drops, layer_cost
+from keras_moe.routing import assign_slots, top_k
 
 E, F, H, T = 4, 8, 6, 16
 OF_AN_EXPERT = 2 * H * F + F + H
@@ -37,30 +39,9 @@ def built(layer):
     return layer
 
 
-def test_layers_within():
-    class Block(keras.layers.Layer):
-        def __init__(self, layer):
-            super().__init__()
-            self.parts = {"moe": [layer]}
-
-        def call(self, inputs):
-            return self.parts["moe"][0](inputs)
-
-    first, second, third = (make_moe(name=f"moe_{i}") for i in range(3))
-    inner = functional(first, (T, H))
-    inputs = keras.Input((T, H))
-    outputs = Block(second)(inner(inputs))
-    outputs = MoeLayerWithBackbone(third, F)(first(outputs))  # The first one again.
-    model = Subclassed(keras.Model(inputs, outputs))
-    found = layers_within(model, MoeLayer)
-    assert sorted(layer.name for layer in found) == ["moe_0", "moe_1", "moe_2"]
-    assert len(layers_within(model, Router)) == 3
-    assert layers_within(model, SoftMoeLayer) == []
-
-
 @pytest.mark.parametrize("factor", [1.0, None])
-def test_costs_where_tokens_choose(factor):
-    found = costs(built(make_moe(k=2, factor=factor)), T)
+def test_cost_where_tokens_choose(factor):
+    found = layer_cost(built(make_moe(k=2, factor=factor)), T)
     assert found["parameters"] == GATE + E * OF_AN_EXPERT
     assert found["active_parameters"] == GATE + 2 * OF_AN_EXPERT
     # Twice 1 times 16 tokens over 4 experts; each slot is computed.
@@ -73,14 +54,14 @@ def test_costs_where_tokens_choose(factor):
         assert found["train_drops"] == expected_drops(T, E, 2, 4) > 0.4
 
 
-def test_costs_where_experts_choose():
+def test_cost_where_experts_choose():
     router = ExpertsChooseMaskedRouter(E)
-    found = costs(built(make_moe(router=router)), T)
+    found = layer_cost(built(make_moe(router=router)), T)
     assert found["active_parameters"] == GATE + 2 * OF_AN_EXPERT
     assert found["train_drops"] is None
 
 
-def test_costs_of_two_levels_and_of_mixtures():
+def test_cost_of_two_levels_and_of_mixtures():
     outer, inner = (Top2MaskedRouter(2, name=name) for name in ("outer", "inner"))
     layer = HierarchicalMoeLayer(
         FeedForwardExperts(E, F),
@@ -89,12 +70,12 @@ def test_costs_of_two_levels_and_of_mixtures():
         eval_capacity_factor=1.0,
         min_expert_capacity=1,
     )
-    found = costs(built(layer), T)
+    found = layer_cost(built(layer), T)
     assert found["eval_capacity"] == 4  # 8 slots of 16 tokens; 4 slots of these 8.
     gates = 3 * (H * 2 + 2)
-    assert found["active_parameters"] == gates + 4 * OF_AN_EXPERT
+    assert found["active_parameters"] == gates + 3 * OF_AN_EXPERT
     soft = built(SoftMoeLayer(FeedForwardExperts(E, F), slots_per_expert=2))
-    found = costs(soft, T)
+    found = layer_cost(soft, T)
     assert found["eval_capacity"] == 2
     assert found["active_parameters"] == found["parameters"]
     slots = H * E * 2 + 1
@@ -133,11 +114,73 @@ def test_a_summary():
     assert lines[2].split()[6:] == ["no", "limit", "-", "no", "limit", "-"]
     meets = active + GATE + OF_AN_EXPERT + 3 * H + 3
     total = 2 * (GATE + 4 * OF_AN_EXPERT) + 3 * H + 3
-    assert lines[3] == f"mine: {total:,} parameters, of which a token meets {meets:,}."
+    assert lines[3] == f"mine: {total:,} parameters, {meets:,} active per token."
 
 
 def test_nothing_to_sum_up():
-    with pytest.raises(ValueError, match="must have Mixture-of-Experts layers"):
+    with pytest.raises(ValueError, match="must be built and have"):
         summary(functional(keras.layers.Dense(3), (T, H)), T)
-    with pytest.raises(ValueError, match="be built"):
+    with pytest.raises(ValueError, match="must be built"):
         summary(make_moe(), T)
+    with pytest.raises(ValueError, match="must be built"):
+        route(make_moe(), np.zeros((1, T, H)))
+
+
+def test_the_group_size_of_the_built_shape_is_the_default():
+    def lines(length, layer, **arguments):
+        inputs = keras.Input((length, H))
+        model = keras.Model(inputs, layer(inputs), name="mine")
+        found = []
+        summary(model, print_fn=found.append, **arguments)
+        return found
+
+    assert lines(T, make_moe()) == lines(T, make_moe(), tokens_per_group=T)
+    assert lines(None, make_moe(factor=None))[1].split()[-1] == "-"
+    with pytest.raises(ValueError, match="moe was built for inputs of unknown length"):
+        lines(None, make_moe())
+
+
+class CustomRouter(Router):
+    """A dropless router that does not say how many experts a token has."""
+
+    supports_dropless = True
+
+    def compute_routing(self, probs, expert_capacity, training=None):
+        return assign_slots(top_k(probs, 3), probs, expert_capacity)
+
+
+def test_a_router_without_a_number_of_experts_per_token():
+    inputs = keras.Input((T, H))
+    layer = make_moe(factor=None, router=CustomRouter(E))
+    model = keras.Model(inputs, layer(inputs), name="mine")
+    lines = []
+    summary(model, T, print_fn=lines.append)
+    parameters = GATE + E * OF_AN_EXPERT
+    assert lines[1].split()[1:6] == ["4", "-", str(parameters), "-", "-"]
+    assert lines[2] == f"mine: {parameters} parameters."
+
+
+def test_the_routing_of_each_layer_of_a_model(rng):
+    x = rng.normal(size=(3, T, H)).astype("float32")
+    inputs = keras.Input((T, H))
+    outputs = inputs + make_moe(k=2, name="first")(inputs)
+    inner = functional(make_moe(factor=None, name="second"), (T, H))
+    model = keras.Model(inputs, inner(outputs))
+    model.compile("sgd", "mse")
+    logs = model.evaluate(x, x, verbose=0, return_dict=True)
+    losses = len(model.losses)
+    for training in (False, True):
+        routings = route(model, x, training=training)
+        assert list(routings) == ["first", "second"]
+        first = model.get_layer("first")
+        for a, b in zip(
+            routings["first"], first.route(x, training=training), strict=True
+        ):
+            np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (a, b)))
+        assert isinstance(routings["second"], Rows)
+    # Nothing has changed.
+    assert {m.name: float(m.result()) for m in first.metrics} == {
+        f"first/{n}": pytest.approx(logs[f"first/{n}"]) for n in Router.metric_names
+    }
+    assert model.evaluate(x, x, verbose=0, return_dict=True) == logs
+    assert losses is not None and "compute_routing" not in vars(first)

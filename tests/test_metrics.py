@@ -11,7 +11,7 @@ from keras_moe import (
     RouterMask,
     Slots,
 )
-from keras_moe.metrics import routing_statistics
+from keras_moe.routing.statistics import routing_statistics
 
 
 def test_routing_statistics_of_a_table():
@@ -315,5 +315,5 @@ def test_bad_metrics():
     layer = Watched(name="a")
     with pytest.raises(ValueError, match=r"must be a scalar.*'vector'"):
         layer.add_metric(X, "vector")
-    with pytest.raises(TypeError, match="name must be a string"):
+    with pytest.raises(TypeError, match="name of a metric must be a string"):
         layer.add_metric(1.0, 3)

@@ -11,6 +11,7 @@ from keras_moe import (
     ExpertsChooseMaskedRouter,
     MaskedRouter,
     MoeLayer,
+    MoeLayerWithBackbone,
     Top2MaskedRouter,
     presets,
 )
@@ -48,8 +49,20 @@ def test_a_preset_is_its_paper_s_choices(name):
     assert not layer.router.use_bias
 
 
-@pytest.mark.thorough
 @each_preset
+def test_arguments_of_the_router_and_of_the_experts(name):
+    layer = make(
+        name,
+        router_kwargs={"export_metrics": (), "use_bias": True},
+        experts_kwargs={"remat": True, "activation": "tanh"},
+    )
+    assert layer.router.export_metrics == () and layer.router.use_bias
+    assert layer.experts.remat
+    assert layer.experts.activation is keras.activations.tanh
+
+
+# The others differ in arguments, which the tests of layers and routers try.
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
 def test_files_and_steps(name, tmp_path):
     check_file(lambda: make(name), (12, H), tmp_path / "model.keras")
 
@@ -91,3 +104,15 @@ def test_mixtral_by_hand(rng):
 def test_deepseek_groups_must_fit():
     with pytest.raises(ValueError, match="num_expert_groups"):
         presets.deepseek_v3(9, F)
+
+
+def test_qwen2_has_a_gated_shared_expert(rng):
+    layer = presets.qwen2_moe(E, F, name="mine", dtype="float32")
+    assert isinstance(layer, MoeLayerWithBackbone) and layer.name == "mine"
+    assert layer.backbone_gate and layer.backbone_d_ff == 4 * F
+    router = layer.moe.router
+    assert (router.num_selected_experts, router.normalize_weights) == (4, False)
+    assert router.load_balancing_loss_weight == pytest.approx(0.004)
+    x = rng.normal(size=(2, 5, H)).astype("float32")
+    assert layer(x).shape == x.shape
+    assert presets.qwen2_moe(E, F, shared_d_ff=3).backbone_d_ff == 3

@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from keras import ops
 from layer_check import functional
+from samples import numpy_call
 
 from keras_moe import (
     BiasBalancedMaskedRouter,
@@ -10,9 +11,12 @@ from keras_moe import (
     FeedForwardExperts,
     MaskedRouter,
     MoeLayer,
+    replace_layers,
     select_experts,
     upcycle,
+    upcycle_model,
 )
+from keras_moe.utils.traversal import find_layers
 
 E, F, H, T = 4, 8, 6, 10
 NOTHING_DROPS = {"train_capacity_factor": None, "eval_capacity_factor": None}
@@ -27,10 +31,6 @@ def router(num_experts=E, **kwargs):
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(3, T, H)).astype("float32")
-
-
-def numpy_call(layer, x):
-    return ops.convert_to_numpy(layer(ops.convert_to_tensor(x)))
 
 
 def trained_feed_forward(**kwargs):
@@ -81,38 +81,105 @@ def test_noise_is_of_the_copies_kernels_alone(x):
     )
 
 
-def swapped(model, kind, replace):
-    """The recipe of the documentation."""
-
-    def clone(layer):
-        if isinstance(layer, kind):
-            return replace(layer)
-        return type(layer).from_config(layer.get_config())
-
-    result = keras.models.clone_model(model, clone_function=clone)
-    for layer in model.layers:
-        if layer.weights and not isinstance(layer, kind):
-            result.get_layer(layer.name).set_weights(layer.get_weights())
-    return result
-
-
-def test_a_whole_model_is_upcycled(x):
-    inputs = keras.Input((T, H))
-    hidden = keras.layers.Dense(H, name="before")(inputs)
-    outputs = hidden + FeedForward(F, name="ff_1")(hidden)
-    outputs = outputs + FeedForward(F, name="ff_2")(outputs)
-    model = keras.Model(inputs, keras.layers.Dense(2, name="after")(outputs))
-    expected = model.predict_on_batch(x)
-
-    grown = swapped(
-        model, FeedForward, lambda ff: upcycle(ff, router(), **NOTHING_DROPS)
+def test_two_dense_layers_are_upcycled(x):
+    dense = keras.Sequential(
+        [
+            keras.Input((T, H)),
+            keras.layers.Dense(F, activation="relu", bias_initializer="random_normal"),
+            keras.layers.Dense(H, bias_initializer="random_normal"),
+        ]
     )
+    layer = upcycle(dense.layers, router(), **NOTHING_DROPS)
+    assert layer.name == dense.layers[0].name
+    np.testing.assert_allclose(
+        numpy_call(layer, x), dense.predict_on_batch(x), atol=1e-5
+    )
+
+
+def dense_model():
+    """Feed-forward layers in a nested model, in the model itself, and as `Dense`s."""
+    random = {"bias_initializer": "random_normal"}
+    inner_inputs = keras.Input((T, H))
+    inner = keras.Model(
+        inner_inputs,
+        inner_inputs + FeedForward(F, name="ff_1", **random)(inner_inputs),
+        name="inner",
+    )
+    inputs = keras.Input((T, H))
+    hidden = inner(keras.layers.Dense(H, name="before")(inputs))
+    hidden = hidden + FeedForward(F, name="ff_2", **random)(hidden)
+    wide = keras.layers.Dense(F, activation="gelu", name="wide", **random)(hidden)
+    hidden = hidden + keras.layers.Dense(H, name="narrow", **random)(wide)
+    return keras.Model(inputs, keras.layers.Dense(2, name="after")(hidden))
+
+
+@pytest.mark.parametrize(
+    ("layers", "upcycled"),
+    [
+        (None, ["ff_1", "ff_2"]),
+        (["ff_2", ("wide", "narrow")], ["ff_2", "wide"]),
+    ],
+)
+def test_a_whole_model_is_upcycled(layers, upcycled, x):
+    model = dense_model()
+    expected = model.predict_on_batch(x)
+    grown = upcycle_model(model, router, layers=layers)
+    assert sorted(moe.name for moe in find_layers(grown, MoeLayer)) == upcycled
     np.testing.assert_allclose(grown.predict_on_batch(x), expected, atol=1e-5)
     grown.compile("sgd", "mse")
     history = grown.fit(x, expected, epochs=1, verbose=0).history
-    assert "ff_1/load_balancing_loss" in history
-    paths = [weight.path for weight in grown.get_layer("ff_1").weights]
-    assert "ff_1/experts/intermediate/kernel" in paths
+    assert {f"{name}/load_balancing_loss" for name in upcycled} < set(history)
+    paths = {weight.path for weight in grown.weights}
+    assert {f"{name}/experts/output/kernel" for name in upcycled} < paths
+    # The model itself has not changed.
+    np.testing.assert_array_equal(model.predict_on_batch(x), expected)
+
+
+class Block(keras.layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.feed_forward = FeedForward(F, name="inside")
+
+    def call(self, inputs):
+        return self.feed_forward(inputs)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (["unknown"], r"must name layers of .*\['unknown'\]"),
+        ([("before", "after")], "after must be the only layer that uses"),
+        ([("wide", "after")], r"only layer that uses the output of wide.*\['narrow'\]"),
+    ],
+)
+def test_layers_that_cannot_be_upcycled(layers, message):
+    with pytest.raises(ValueError, match=message):
+        upcycle_model(dense_model(), router, layers=layers)
+
+
+def test_models_that_cannot_be_upcycled():
+    with pytest.raises(ValueError, match="must have `FeedForward` layers to replace"):
+        upcycle_model(functional(keras.layers.Dense(3), (T, H)), router)
+    inputs = keras.Input((T, H))
+    model = keras.Model(inputs, Block(name="block")(FeedForward(F)(inputs)))
+    with pytest.raises(ValueError, match=r"inside of others.*block/inside"):
+        upcycle_model(model, router)
+
+
+@pytest.mark.parametrize(
+    ("inner", "output", "message"),
+    [
+        ({}, {"activation": "relu"}, "narrow must have no activation"),
+        ({"use_bias": False}, {}, "both or none must have a bias"),
+        ({}, {"units": 3}, r"must be \[h, f\] and \[f, h\], not \(6, 8\) and \(8, 3\)"),
+    ],
+)
+def test_dense_layers_that_do_not_fit_together(inner, output, message):
+    inner = keras.layers.Dense(**{"units": F, "name": "wide", **inner})
+    output = keras.layers.Dense(**{"units": H, "name": "narrow", **output})
+    keras.Sequential([keras.Input((T, H)), inner, output])
+    with pytest.raises(ValueError, match=message):
+        upcycle([inner, output], router())
 
 
 def make_moe(make_router=router, name=None, **kwargs):
@@ -126,7 +193,7 @@ def make_moe(make_router=router, name=None, **kwargs):
     return layer
 
 
-def test_an_expert_that_nobody_wants_can_go(x):
+def test_an_idle_expert_can_be_removed(x):
     layer = make_moe()
     gate = layer.router.router_weights
     gate.bias.assign([0.0, -100.0, 0.2, 0.1])
@@ -143,7 +210,10 @@ def test_a_whole_model_is_pruned(x):
         layer.router.router_weights.bias.assign([0.0, -100.0, 0.2, 0.1])
         hidden = hidden + layer(hidden)
     model = keras.Model(inputs, hidden)
-    pruned = swapped(model, MoeLayer, lambda moe: select_experts(moe, [0, 2, 3]))
+    pruned = replace_layers(
+        model,
+        lambda x: select_experts(x, [0, 2, 3]) if isinstance(x, MoeLayer) else None,
+    )
     assert pruned.count_params() < model.count_params()
     np.testing.assert_allclose(
         pruned.predict_on_batch(x), model.predict_on_batch(x), atol=1e-5
@@ -154,6 +224,16 @@ def test_experts_in_another_order_answer_alike(x):
     layer = make_moe(hidden_layers=E)
     turned = select_experts(layer, [3, 1, 0, 2])
     np.testing.assert_allclose(numpy_call(turned, x), numpy_call(layer, x), atol=1e-6)
+
+
+def test_a_mask_selects_the_experts_that_are_true():
+    layer = make_moe()
+    by_mask = select_experts(layer, [True, False, True, True])
+    by_mask_array = select_experts(layer, np.array([True, False, True, True]))
+    by_index = select_experts(layer, [0, 2, 3])
+    for found in (by_mask, by_mask_array):
+        for a, b in zip(found.get_weights(), by_index.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_a_router_s_own_state_follows(x):
@@ -170,7 +250,7 @@ def test_a_router_s_own_state_follows(x):
 
 
 def test_more_experts(x):
-    """Tokens of a copied expert want it and its copy, which are alike."""
+    """A copy has the kernel of its original, with noise of its own."""
     layer = make_moe()
     grown = select_experts(layer, [0, 1, 2, 3, 1])
     np.testing.assert_array_equal(
@@ -204,7 +284,15 @@ def test_what_cannot_be_copied():
         upcycle(adapted, router())
     with pytest.raises(TypeError, match="`layer` must be a `MoeLayer`"):
         select_experts(keras.layers.Dense(3), [0])
-    for indices in ([], [0, 4], [-1]):
+    with pytest.raises(TypeError, match="two `Dense` layers"):
+        upcycle([FeedForward(F)], router())
+    with pytest.raises(TypeError, match="`router` must be a `Router`"):
+        upcycle(trained_feed_forward(), keras.layers.Dense(3))
+    with pytest.raises(TypeError, match="must be ints, or bools"):
+        select_experts(make_moe(), [0.5, 1.0])
+    with pytest.raises(ValueError, match="one bool for each of 4 experts"):
+        select_experts(make_moe(), [True, False, True])
+    for indices in ([], [0, 4], [-1], [[0, 1]], [False] * 4):
         with pytest.raises(ValueError, match="from 0 to 3"):
             select_experts(make_moe(), indices)
     with pytest.raises(ValueError, match="at least 2 experts"):

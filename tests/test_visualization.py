@@ -1,11 +1,19 @@
 import numpy as np
 import pytest
 from keras import ops
+from matplotlib.colors import to_hex
 from matplotlib.image import imread
+from samples import prefer_first
 
 from keras_moe import ExpertsChooseMaskedRouter, MaskedRouter, SoftMoeLayer
 from keras_moe import FeedForwardExperts as Experts
-from keras_moe.visualization import draw_loads, draw_routing, token_weights
+from keras_moe.visualization import (
+    DROPPED,
+    MASKED,
+    draw_loads,
+    draw_routing,
+    token_weights,
+)
 
 E, H, T = 3, 4, 5
 
@@ -56,6 +64,7 @@ def test_a_routing_is_drawn(tokens, tmp_path):
     routing = MaskedRouter(E).route(tokens, expert_capacity=None)
     figure = draw_routing(routing, labels=list("abcde"), group=1)
     axes, _ = figure.axes
+    assert axes.get_title() == "group 1: 5 tokens, 0 dropped, 0 masked"
     assert [t.get_text() for t in axes.get_yticklabels()] == list("abcde")
     np.testing.assert_array_equal(axes.images[0].get_array(), token_weights(routing)[1])
     figure.savefig(tmp_path / "routing.png")
@@ -76,6 +85,7 @@ def test_loads_are_drawn(experts, batches, edges, label, tmp_path, rng):
         {
             "layer": name,
             "batch": batch,
+            "epoch": 0,
             "step": step,
             "load": rng.dirichlet(np.ones(experts)),
         }
@@ -87,9 +97,32 @@ def test_loads_are_drawn(experts, batches, edges, label, tmp_path, rng):
     np.testing.assert_array_equal(mesh.get_coordinates()[0, :, 0], edges)
     assert figure.axes[0].get_xlabel() == label
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[0] == "block_0/moe" and "now" in titles
+    last = "step 35" if label == "training step" else "epoch 2"
+    assert titles[:4] == ["block_0/moe", last, "block_1/moe", last]
     np.testing.assert_allclose(mesh.get_array()[:, 0], experts * records[0]["load"])
     figure.savefig(tmp_path / "loads.png")
     assert imread(tmp_path / "loads.png").std() > 0.05
-    with pytest.raises(ValueError, match="no record"):
+    # One scale for all layers, about the mean.
+    norms = [axes.collections[0].norm for axes in figure.axes[:4:2]]
+    assert [(n.vmin, n.vcenter, n.vmax) for n in norms] == [(0, 1, 3)] * 2
+    with pytest.raises(ValueError, match="at least one record"):
         draw_loads([])
+
+
+def test_dropped_and_masked_tokens_look_different(tokens):
+    mask = ops.convert_to_tensor(np.array([[True, True, True, True, False]] * 2))
+    router = MaskedRouter(E, bias_initializer=prefer_first)
+    routing = router.route(tokens, expert_capacity=1, mask=mask)
+    figure = draw_routing(routing)
+    axes, _ = figure.axes
+    assert axes.get_title() == "group 0: 5 tokens, 3 dropped, 1 masked"
+    rows = [(p.get_y() + 0.5, to_hex(p.get_facecolor())) for p in axes.patches]
+    assert rows == [(1, DROPPED), (2, DROPPED), (3, DROPPED), (4, MASKED)]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["dropped", "masked"]
+
+
+def test_a_long_text_makes_a_small_picture(rng):
+    x = ops.convert_to_tensor(rng.normal(size=(1, 128, H)).astype("float32"))
+    figure = draw_routing(MaskedRouter(E).route(x, expert_capacity=None))
+    assert max(figure.get_size_inches() * figure.dpi) <= 1000

@@ -1,8 +1,10 @@
-"""Moving rows, and multiplying groups of them: the only package that knows which
-backend runs.
+"""Operations on rows, for each backend: gather, scatter-add, sort, grouped matmul.
 
-Every kernel stands in `keras.ops` first (`plain`), which runs everywhere, and
-then as the backend does it best. An index of -1 means no row.
+May import: nothing of this package.
+
+No other room imports or names a backend. Each
+operation has a form in `keras.ops` (`plain`) that runs everywhere, and one that is
+fast on its backend. An index of -1 means no row.
 """
 
 import importlib
@@ -11,15 +13,15 @@ import keras
 
 BACKEND = keras.backend.backend()
 
-# Whether a training step is given a model's state and returns it, instead of
-# changing it.
-CARRIES_STATE = BACKEND == "jax"
+# Whether a training step receives the model's state and returns it, instead of
+# updating variables in place.
+STATE_IS_PASSED = BACKEND == "jax"
 
-# Whether ops run one after the other, each over all of its data, rather than
-# compiled into one.
+# Whether ops run one after the other over all of their data, instead of being
+# compiled into one program.
 RUNS_OP_BY_OP = BACKEND in ("tensorflow", "torch")
 
-# Whether XLA can compile `grouped_dense`: not where shapes follow from data.
+# Whether XLA can compile `grouped_dense`: not where shapes depend on data.
 XLA_COMPILES_ROWS = BACKEND != "tensorflow"
 
 _known = BACKEND if BACKEND in ("tensorflow", "jax", "torch") else "plain"
@@ -28,14 +30,14 @@ _kernels = importlib.import_module(f"{__name__}.{_known}")
 argsort = _kernels.argsort
 as_size = _kernels.as_size
 gather_rows = _kernels.gather_rows
-row_parts = _kernels.row_parts
+grouped_dense = _kernels.grouped_dense
+num_row_shards = _kernels.num_row_shards
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
-grouped_dense = _kernels.grouped_dense
 
 
 def clip_size(size, low, high):
-    """A symbolic dimension of JAX between two others."""
+    """Limits a symbolic dimension of JAX to a range."""
     import jax
 
     return jax.core.min_dim(jax.core.max_dim(size, low), high)

@@ -1,4 +1,4 @@
-"""The kernels as JAX does them best."""
+"""The kernels for JAX."""
 
 import math
 
@@ -10,13 +10,13 @@ from jax.sharding import PartitionSpec
 
 from keras_moe.kernels.plain import argsort, as_size, split_rows  # noqa: F401
 
-# So many rows of a group are multiplied at once on a CPU. Large blocks, which read
-# the matrices less often, come first where an average group fills one.
+# Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
+# matrices less often, come first if the average group fills one.
 BLOCK, LARGE_BLOCK = 128, 512
 
 
-# In both, the group is a batching dimension: who spreads groups over devices sees
-# that no row goes from one to another.
+# In both, the group is a batching dimension, so that a compiler that partitions groups
+# over devices knows that no row leaves its device.
 def gather_rows(x, index):
     dimensions = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(index.ndim, index.ndim + x.ndim - 2)),
@@ -53,27 +53,20 @@ def scatter_add_rows(rows, index, num_rows):
     )
 
 
-def row_parts(groups, num_experts):
-    distribution = keras.distribution.distribution()
-    if distribution is None or not isinstance(groups, int):
+def num_row_shards(groups, num_experts):
+    if keras.distribution.distribution() is None or not isinstance(groups, int):
         return 1, 1
-    batch, others = _mesh_axes(distribution)
-    shape = distribution.device_mesh.backend_mesh.shape
-    if groups % shape[batch]:
+    mesh, batch, others = _mesh_axes(num_experts)
+    if groups % mesh.shape[batch]:
         return 1, 1
-    shares = math.prod(shape[axis] for axis in others)
-    return shape[batch], 1 if num_experts % shares else shares
+    return mesh.shape[batch], math.prod(mesh.shape[axis] for axis in others)
 
 
 def grouped_dense(rows, kernel, bias, group_sizes):
     if len(group_sizes) == len(kernel):
         return _grouped_dense(rows, kernel, bias, group_sizes)
-    # Each device its own rows, by those experts of which it has a share.
-    distribution = keras.distribution.distribution()
-    mesh = distribution.device_mesh.backend_mesh
-    batch, others = _mesh_axes(distribution)
-    if len(kernel) % math.prod(mesh.shape[axis] for axis in others):
-        others = ()  # They all do the same.
+    # Rows are split over devices, each of which multiplies those of its own experts.
+    mesh, batch, others = _mesh_axes(len(kernel))
 
     def on_each_device(rows, kernel, bias, group_sizes):
         first = lax.axis_index(others) * len(kernel) if others else 0
@@ -90,11 +83,14 @@ def grouped_dense(rows, kernel, bias, group_sizes):
     )(rows, kernel, bias, group_sizes)
 
 
-def _mesh_axes(distribution):
-    """The axis over which the batch is spread, and the others."""
-    batch = distribution.batch_dim_name
-    axes = distribution.device_mesh.axis_names
-    return batch, tuple(axis for axis in axes if axis != batch)
+def _mesh_axes(num_experts):
+    """Returns the mesh, the axis of the batch, and the axes that split the experts."""
+    distribution = keras.distribution.distribution()
+    mesh, batch = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
+    others = [axis for axis in distribution.device_mesh.axis_names if axis != batch]
+    if num_experts % math.prod(mesh.shape[axis] for axis in others):
+        others = []  # The experts are replicated.
+    return mesh, batch, tuple(others)
 
 
 def _grouped_dense(rows, kernel, bias, group_sizes):
@@ -103,13 +99,13 @@ def _grouped_dense(rows, kernel, bias, group_sizes):
     num_rows = rows.shape[0]
     if isinstance(num_rows, int) and num_rows:
         return _by_blocks(rows, kernel, bias, group_sizes)
-    # Of an unknown number of rows, or none: at least a block of them.
+    # For an unknown number of rows, or none: one block more.
     rows = jnp.concatenate([rows, jnp.zeros((BLOCK, rows.shape[1]), rows.dtype)])
     return _by_blocks(rows, kernel, bias, group_sizes)[:num_rows]
 
 
 def by_ragged_dot(rows, kernel, bias, group_sizes):
-    """`grouped_dense` for GPUs and TPUs; a CPU would multiply every matrix."""
+    """`grouped_dense` for GPUs and TPUs; on a CPU it multiplies every matrix."""
     ends = jnp.cumsum(group_sizes)
     index = jnp.arange(rows.shape[0])
     result = lax.ragged_dot(rows, kernel, group_sizes)
@@ -155,13 +151,13 @@ def _multiply(rows, kernel, bias, group_sizes, transposed=False):
 
 def _weight_gradients(rows, upstream, bias, group_sizes):
     """`[e, h, f]` and `[e, 1, f]`, or `None` without a bias."""
-    # Half precision does not add up many blocks.
+    # Sums of many blocks need more than half precision.
     wide = {"dtype": jnp.promote_types(rows.dtype, "float32")}
 
     def update(result, group, own, block, start):
         kernel, bias = result
         y = jnp.where(own, block(upstream), 0)
-        # A row of a neighbour may be NaN, which 0 does not silence.
+        # A row of the next group may be NaN, and 0 · NaN is NaN.
         x = jnp.where(own, block(rows), 0)
         product = jnp.matmul(x.T, y, preferred_element_type=wide["dtype"])
         kernel = kernel.at[group].add(product)
@@ -180,8 +176,7 @@ def _weight_gradients(rows, upstream, bias, group_sizes):
 def _over_blocks(update, result, group_sizes, num_rows):
     """Updates a result with the rows of all groups, block by block.
 
-    As many blocks as the rows of this batch fill, so that a group costs what
-    it holds.
+    The number of blocks follows the sizes of the groups in this batch.
     """
     group_sizes = jnp.asarray(group_sizes)
     ends = jnp.cumsum(group_sizes)
@@ -199,10 +194,10 @@ def _over_blocks(update, result, group_sizes, num_rows):
 
 
 def _over_equal_blocks(update, result, firsts, ends, blocks, size, num_rows):
-    """The same with `blocks` blocks of one size for each group, from row `firsts` on.
+    """Updates a result with `blocks` blocks of one size per group, from row `firsts`.
 
-    A block begins at row `start`; those of its rows are the group's that `own`
-    says.
+    `update` receives the first row of a block, `start`, and the mask `own` of those of
+    its rows that belong to the group.
     """
     last = jnp.cumsum(blocks)
 

@@ -1,6 +1,4 @@
-"""Every kernel in `keras.ops`: on any backend, and what the tests hold the others
-against.
-"""
+"""The kernels in `keras.ops`: for any backend, and the reference in tests."""
 
 import itertools
 
@@ -8,21 +6,21 @@ from keras import ops
 
 
 def as_size(n):
-    """A size as a number, where it is known to the backend."""
+    """Returns a size as an int where the backend knows it."""
     return n
 
 
 def argsort(x):
-    """The order of the last axis, of equals the earlier first."""
+    """Sorts the last axis, stably: indices, those of equal values in their order."""
     return ops.argsort(x, axis=-1)
 
 
 def gather_rows(x, index):
-    """Rows of each group by index, zero for -1.
+    """Gathers rows of each group by index; zeros for -1.
 
     Args:
         x: `[g, n, ...]`.
-        index: int `[..., g, r]`, which row of the group.
+        index: int `[..., g, r]`, the row of the group.
 
     Returns:
         `[..., g, r, ...]`.
@@ -35,7 +33,7 @@ def gather_rows(x, index):
 
 
 def scatter_add_rows(rows, index, num_rows):
-    """Adds rows up in each group where their index says; -1 adds nowhere.
+    """Sums rows by their index in each group; -1 adds to none.
 
     Args:
         rows: `[..., g, r, ...]`, float.
@@ -54,38 +52,40 @@ def scatter_add_rows(rows, index, num_rows):
 
 
 def flat_index(index, num_rows):
-    """Which row of all groups' `num_rows` an index `[..., g, r]` means; -1 for -1."""
+    """Turns an index `[..., g, r]` within groups into one over all groups; -1 stays."""
     index = ops.cast(index, "int32")
     first = ops.arange(ops.shape(index)[-2], dtype="int32") * num_rows
     return ops.where(index >= 0, index + ops.expand_dims(first, -1), -1)
 
 
-def row_parts(groups, num_experts):
-    """Into how many parts, by groups and by experts, the rows are cut.
+def num_row_shards(groups, num_experts):
+    """Returns into how many shards sorted rows are split, by groups and by experts.
 
     Args:
         groups: `g`.
         num_experts: `e`.
 
     Returns:
-        A pair: as many parts of the groups as devices share the batch, and of the
-        experts as devices share a part of it.
+        A pair of ints: over how many devices the batch is split, and over how many
+        devices the experts of one such part are split. `(1, 1)` without a
+        `keras.distribution`.
     """
     return 1, 1
 
 
 def grouped_dense(rows, kernel, bias, group_sizes):
-    """A dense layer for each group of rows.
+    """Applies a dense layer to each group of rows.
 
     Args:
-        rows: `[a, h]`, those of the first group first.
+        rows: `[a, h]`, sorted by group.
         kernel: `[e, h, f]`.
         bias: `[e, 1, f]`, or `None`.
-        group_sizes: int32 `[e]`, at most `a` in sum.
+        group_sizes: int32 `[e]`, the number of rows of each group, at most `a` in
+            sum.
 
     Returns:
-        `[a, f]`: `rows · kernel[i] + bias[i]` for the rows of group `i`, 0 for
-        those of none.
+        `[a, f]`: `rows · kernel[i] + bias[i]` for the rows of group `i`, 0 for the
+        remaining rows.
     """
     ends = ops.expand_dims(ops.cumsum(group_sizes), -1)
     starts = ends - ops.expand_dims(group_sizes, -1)
@@ -101,14 +101,14 @@ def grouped_dense(rows, kernel, bias, group_sizes):
 
 
 def split_rows(rows, group_sizes):
-    """Cuts rows into groups.
+    """Splits rows into groups.
 
     Args:
-        rows: `[a, h]`, those of the first group first.
+        rows: `[a, h]`, sorted by group.
         group_sizes: int32 `[e]`, at most `a` in sum.
 
     Returns:
-        A list of `e + 1` tensors: the rows of each group, and those left over.
+        A list of `e + 1` tensors: the rows of each group, and the remaining rows.
     """
     ends = [0, *(int(end) for end in ops.cumsum(group_sizes)), None]
     return [rows[start:end] for start, end in itertools.pairwise(ends)]

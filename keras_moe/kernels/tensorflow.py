@@ -1,9 +1,9 @@
-"""The kernels as TensorFlow does them best."""
+"""The kernels for TensorFlow."""
 
 import tensorflow as tf
 from keras import ops
 
-from keras_moe.kernels.plain import argsort, as_size, flat_index, row_parts  # noqa: F401
+from keras_moe.kernels.plain import argsort, as_size, flat_index, num_row_shards  # noqa: F401
 
 
 def gather_rows(x, index):
@@ -23,7 +23,7 @@ def _gather(x, index):
     def gradient(upstream):
         return _scatter_add(upstream, index, tf.shape(x)[0]), None
 
-    # A copy of the tokens with a zero row costs less than a pass over the
+    # Copying the tokens with a zero row in front costs less than masking the
     # buffers, which are larger.
     padded = tf.concat([tf.zeros_like(x[:1]), x], axis=0)
     return tf.gather(padded, index + 1), gradient
@@ -39,17 +39,17 @@ def _scatter_add(rows, index, num_rows):
 
 
 def split_rows(rows, group_sizes):
-    left_over = tf.shape(rows)[0] - tf.reduce_sum(group_sizes)
-    sizes = tf.concat([group_sizes, [left_over]], axis=0)
+    remaining = tf.shape(rows)[0] - tf.reduce_sum(group_sizes)
+    sizes = tf.concat([group_sizes, [remaining]], axis=0)
     return tf.split(rows, sizes, num=group_sizes.shape[0] + 1)
 
 
 def grouped_dense(rows, kernel, bias, group_sizes):
-    *groups, left_over = split_rows(rows, group_sizes)
+    *groups, remaining = split_rows(rows, group_sizes)
     pairs = zip(groups, tf.unstack(kernel), strict=True)
     results = [tf.matmul(x, w) for x, w in pairs]
     if bias is not None:
         pairs = zip(results, tf.unstack(bias), strict=True)
         results = [y + b for y, b in pairs]
-    zeros = tf.zeros([tf.shape(left_over)[0], kernel.shape[-1]], rows.dtype)
+    zeros = tf.zeros([tf.shape(remaining)[0], kernel.shape[-1]], rows.dtype)
     return tf.concat([*results, zeros], axis=0)

@@ -1,21 +1,22 @@
-"""The kernels as PyTorch does them best."""
+"""The kernels for PyTorch."""
 
 import torch
 from keras import ops
 
 from keras_moe.kernels import plain
-from keras_moe.kernels.plain import flat_index, row_parts  # noqa: F401
+from keras_moe.kernels.plain import flat_index, num_row_shards  # noqa: F401
 
-HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")  # Not in old versions.
+# Missing in old versions.
+HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
 
 
 def as_size(n):
-    return int(n)  # A tensor while ONNX is exported.
+    return int(n)  # A tensor during ONNX export.
 
 
 def argsort(x):
     if torch.onnx.is_in_onnx_export():
-        # There is no sort in ONNX; of equals its TopK, too, takes the earlier first.
+        # ONNX has no sort; its TopK keeps the order of equal values, too.
         return torch.topk(x, x.shape[-1], largest=False).indices
     return plain.argsort(x)
 
@@ -32,7 +33,7 @@ def scatter_add_rows(rows, index, num_rows):
     index = flat_index(index, num_rows).flatten() + 1
     rows = rows.reshape(-1, *width)
     sums = rows.new_zeros((groups * num_rows + 1, *width))
-    if torch.onnx.is_in_onnx_export():  # It adds up only what `scatter_add` does.
+    if torch.onnx.is_in_onnx_export():  # It exports `scatter_add` alone with sums.
         index = index.long().reshape(-1, *[1] * len(width)).expand_as(rows)
         sums = sums.scatter_add(0, index, rows)
     else:
@@ -41,7 +42,7 @@ def scatter_add_rows(rows, index, num_rows):
 
 
 def split_rows(rows, group_sizes):
-    if rows.device.type == "meta":  # Only the shape is asked for.
+    if rows.device.type == "meta":  # Shape inference.
         return [rows, *(rows[:0] for _ in group_sizes)]
     sizes = group_sizes.tolist()
     return rows.split([*sizes, rows.shape[0] - sum(sizes)])
@@ -56,26 +57,26 @@ def grouped_dense(rows, kernel, bias, group_sizes):
 
 
 def _suits_grouped_mm(kernel):
-    """Whether it is bfloat16, in rows and columns of whole 16 bytes."""
+    """Returns whether it is bfloat16 with rows and columns of multiples of 16 bytes."""
     return kernel.dtype == torch.bfloat16 and all(n % 8 == 0 for n in kernel.shape[1:])
 
 
 def by_grouped_mm(rows, kernel, bias, group_sizes):
-    """`grouped_dense` for GPUs: one kernel, and nobody waits for the sizes."""
+    """`grouped_dense` for GPUs: one kernel launch, without reading the sizes back."""
     ends = group_sizes.cumsum(0, dtype=torch.int32)
     index = torch.arange(rows.shape[0], dtype=torch.int32, device=rows.device)
-    of_a_group = (index < ends[-1])[:, None]
-    # What `grouped_mm` and its gradient leave in the other rows is arbitrary.
-    rows = torch.where(of_a_group, rows, 0)
+    in_a_group = (index < ends[-1])[:, None]
+    # `grouped_mm` and its gradient leave arbitrary values in the remaining rows.
+    rows = torch.where(in_a_group, rows, 0)
     result = torch.nn.functional.grouped_mm(rows, kernel, offs=ends)
     if bias is not None:
         group = torch.searchsorted(ends, index, right=True)
         result = result + bias[group.clamp(max=kernel.shape[0] - 1), 0]
-    return torch.where(of_a_group, result, 0)
+    return torch.where(in_a_group, result, 0)
 
 
 class _GroupedDense(torch.autograd.Function):
-    """One product a group, written where it belongs."""
+    """One matrix product per group, written into its rows of the result."""
 
     @staticmethod
     def forward(ctx, rows, kernel, bias, group_sizes):
@@ -87,7 +88,7 @@ class _GroupedDense(torch.autograd.Function):
                 torch.mm(x, kernel[i], out=y)
             else:
                 torch.addmm(bias[i], x, kernel[i], out=y)
-        _clear_left_over(result, groups)
+        _zero_remaining(result, groups)
         ctx.save_for_backward(rows, kernel)
         ctx.groups, ctx.with_bias = groups, bias is not None
         return result
@@ -111,12 +112,12 @@ class _GroupedDense(torch.autograd.Function):
             if d_rows is not None:
                 torch.mm(y, kernel[i].T, out=d_rows[group])
         if d_rows is not None:
-            _clear_left_over(d_rows, ctx.groups)
+            _zero_remaining(d_rows, ctx.groups)
         return d_rows, d_kernel, d_bias, None
 
 
 def _slices(group_sizes):
-    """The groups that are not empty, and their rows."""
+    """Returns the index and the rows of each group that is not empty."""
     groups, start = [], 0
     for i, size in enumerate(group_sizes.tolist()):
         if size:
@@ -125,5 +126,5 @@ def _slices(group_sizes):
     return groups
 
 
-def _clear_left_over(rows, groups):
+def _zero_remaining(rows, groups):
     rows[groups[-1][1].stop if groups else 0 :] = 0

@@ -1,78 +1,81 @@
-"""Tokens choose their experts."""
+"""Top-k token-choice routing."""
 
 import keras
 
-from keras_moe import checks, losses
-from keras_moe.placement import PRIORITIES, place, wanted_load
-from keras_moe.routers.router import Router
-from keras_moe.routing import check_has_probs
-from keras_moe.selection import next_best, normalized, top_k
-
-
-class TokensChooseRouter(Router):
-    """Abstract: tokens choose, so that the load needs balancing.
-
-    Args:
-        num_experts: int, the number of experts `e`.
-        load_balancing_loss_weight: float, the weight of
-            `keras_moe.losses.load_balancing_loss`, which is added in training
-            and evaluation.
-        **kwargs: see `Router`.
-    """
-
-    def __init__(self, num_experts, *, load_balancing_loss_weight=0.01, **kwargs):
-        super().__init__(num_experts, **kwargs)
-        self.load_balancing_loss_weight = checks.number(
-            "load_balancing_loss_weight", load_balancing_loss_weight
-        )
-
-    def load_balancing_loss(self, routing):
-        check_has_probs(routing)
-        return losses.load_balancing_loss(routing.probs, routing.load)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "load_balancing_loss_weight": self.load_balancing_loss_weight,
-        }
+from keras_moe.routers.tokens_choose import TokensChooseRouter
+from keras_moe.routing.placement import PRIORITIES, assign_slots, selection_load
+from keras_moe.routing.selection import next_best, normalized, top_k
+from keras_moe.utils import checks
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class MaskedRouter(TokensChooseRouter):
-    """Tokens choose: each goes to its `k` best experts.
+    """Routes each token to its `k` best experts (top-k token choice).
 
-    Who comes first where an expert is full is the `priority`; what happens to
-    the others the `overflow`. At a fixed length, what happens to a token
-    depends on no later token with `priority="token"`, and with `"choice"` if
-    `k = 1`.
+    With a capacity, `priority` decides which tokens a full expert keeps, and `overflow`
+    what happens to the others. For inputs of a fixed length, the routing of a token is
+    causal (independent of later tokens) with `priority="token"`, and with
+    `priority="choice"` if `k = 1`.
 
     Args:
         num_experts: int, the number of experts `e`.
-        num_selected_experts: int, the number `k` of experts of a token. A
-            capacity is not multiplied by it: for no drops at perfect balance
-            the capacity factor must be at least `k`.
-        normalize_weights: bool, whether the weights of a token's choices are
-            divided by their sum.
-        priority: `"choice"`, all first choices before all second choices;
-            `"token"`, the earlier token with all its choices; `"probability"`,
-            as `"choice"`, but the surer tokens before the earlier ones.
-        overflow: `"drop"`, or `"next_best"`: a choice that finds its expert
-            full goes to the token's next best expert with room; for
-            `priority="token"`.
+        num_selected_experts: int, the number `k` of experts per token. The capacity is
+            not multiplied by it: to drop nothing at a balanced load, the capacity
+            factor must be at least `k`. Defaults to 1.
+        normalize_weights: bool, whether to divide a token's combine weights by their
+            sum. Defaults to `False`.
+        priority: string. `"choice"`, all first choices before all second choices;
+            `"token"`, earlier tokens, with all their choices, before later ones; or
+            `"probability"`, as `"choice"`, with tokens in the order of their best
+            probability. Defaults to `"choice"`.
+        overflow: string. `"drop"`, over-capacity assignments are dropped; or
+            `"next_best"`, they go to the token's next best expert with room, which
+            needs `priority="token"`. Defaults to `"drop"`.
         load_balancing_loss_weight: float, the weight of
-            `keras_moe.losses.load_balancing_loss`, which is added in training
-            and evaluation.
-        **kwargs: see `Router`.
+            `keras_moe.losses.load_balancing_loss`, which is added in training and
+            evaluation. Defaults to 0.01.
+        hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
+            Defaults to `None`, no hidden layers.
+        mechanism: string, see `Gate`. Defaults to `"softmax"`.
+        noise_std: float, the standard deviation of Gaussian noise added to the logits
+            in training. Defaults to 0.
+        jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
+            are multiplied in training. Defaults to 0.
+        use_bias: bool, whether the gate has a bias. Defaults to `True`.
+        kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
+            `TruncatedNormal(stddev=0.02)`.
+        bias_initializer: initializer of the gate's bias. Defaults to `"zeros"`.
+        router_z_loss_weight: float, the weight of the z-loss, which is added in
+            training and evaluation. Defaults to 0.
+        export_metrics: `True`; `False`; or a tuple of metric names, see `Router`.
+            Defaults to `True`.
+        name: string. Defaults to `"router"`.
+        **kwargs: forwarded to `keras.layers.Layer`.
+
+    Call arguments:
+        See `Router`.
 
     Raises:
-        ValueError: for arguments out of range or that do not go together.
-        TypeError: for arguments of another type.
+        ValueError: if an argument is out of range or incompatible with another.
+        TypeError: if an argument has another type.
+
+    Example:
+
+    ```python
+    router = keras_moe.MaskedRouter(8, num_selected_experts=2, normalize_weights=True)
+    layer = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(8, 64),
+        router,
+        train_capacity_factor=None,
+        eval_capacity_factor=None,
+    )
+    ```
 
     Reference:
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961) for `k = 1`;
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668) for `k = 2`;
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974) for
-        `"probability"`.
+        `priority="probability"`.
     """
 
     supports_dropless = True
@@ -85,10 +88,34 @@ class MaskedRouter(TokensChooseRouter):
         normalize_weights=False,
         priority="choice",
         overflow="drop",
+        load_balancing_loss_weight=0.01,
+        hidden_layers=None,
+        mechanism="softmax",
+        noise_std=0.0,
+        jitter_noise=0.0,
+        use_bias=True,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        router_z_loss_weight=0.0,
+        export_metrics=True,
         name="router",
         **kwargs,
     ):
-        super().__init__(num_experts, name=name, **kwargs)
+        super().__init__(
+            num_experts,
+            load_balancing_loss_weight=load_balancing_loss_weight,
+            hidden_layers=hidden_layers,
+            mechanism=mechanism,
+            noise_std=noise_std,
+            jitter_noise=jitter_noise,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            router_z_loss_weight=router_z_loss_weight,
+            export_metrics=export_metrics,
+            name=name,
+            **kwargs,
+        )
         self.num_selected_experts = checks.whole_number(
             "num_selected_experts", num_selected_experts, maximum=self.num_experts
         )
@@ -97,12 +124,12 @@ class MaskedRouter(TokensChooseRouter):
         self.overflow = checks.one_of("overflow", overflow, ("drop", "next_best"))
         if self.overflow == "next_best" and self.priority != "token":
             raise ValueError(
-                '`overflow="next_best"` goes with `priority="token"`. '
+                '`overflow="next_best"` needs `priority="token"`. '
                 f"Received: priority={priority!r}."
             )
         if self.mechanism == "gumbel" and self.num_selected_experts != 1:
             raise ValueError(
-                '`mechanism="gumbel"` chooses one expert for a token. '
+                '`mechanism="gumbel"` selects one expert per token. '
                 f"Received: num_selected_experts={num_selected_experts}."
             )
 
@@ -112,15 +139,14 @@ class MaskedRouter(TokensChooseRouter):
 
     def compute_routing(self, probs, expert_capacity, training=None):
         k, normalize = self.num_selected_experts, self.normalize_weights
-        wanted = selection = top_k(probs, k, normalize)
+        selection, load = top_k(probs, k, normalize), None
         if self.overflow == "next_best" and expert_capacity is not None:
+            # The load is that of the best experts, before any is full.
+            load = selection_load(selection, self.num_experts)
             selection = next_best(probs, k, expert_capacity, normalize)
         if self.mechanism == "sigmoid":
             probs = normalized(probs)
-        routing = place(selection, probs, expert_capacity, self.priority)
-        if selection is not wanted:
-            routing = routing._replace(load=wanted_load(wanted, self.num_experts))
-        return routing
+        return assign_slots(selection, probs, expert_capacity, self.priority, load)
 
     def get_config(self):
         return {

@@ -1,15 +1,17 @@
-"""The router every router is: a gate, a choice, and what is said about it."""
+"""The base class of routers: a gate, a routing, and its losses and metrics."""
 
 import keras
 from keras import ops
 
-from keras_moe import checks
-from keras_moe.gate import Gate
 from keras_moe.losses import router_z_loss
-from keras_moe.metrics import LayerMetrics, RoutingLog, routing_statistics
-from keras_moe.routing import check_routing
+from keras_moe.metrics import LayerMetrics
+from keras_moe.routers.gate import Gate
+from keras_moe.routers.routing_log import RoutingLog
+from keras_moe.routing.statistics import routing_statistics
+from keras_moe.routing.values import check_routing
+from keras_moe.utils import checks
 
-# What a router's arguments and its gate's have in common.
+# The arguments that a router passes on to its gate.
 GATE_ARGUMENTS = (
     "num_experts",
     "hidden_layers",
@@ -21,42 +23,73 @@ GATE_ARGUMENTS = (
     "bias_initializer",
 )
 
+# Names of other packages for arguments of routers.
+HINTS = {
+    **dict.fromkeys(("top_k", "k", "num_experts_per_tok"), "`num_selected_experts`"),
+    **dict.fromkeys(("loss_coef", "aux_loss_coef"), "`load_balancing_loss_weight`"),
+    "capacity_factor": "`train_capacity_factor`, `eval_capacity_factor` of `MoeLayer`",
+}
+
 
 class Router(LayerMetrics, keras.layers.Layer):
-    """Abstract: decides which tokens go to which experts.
+    """Decides which experts process each token. Abstract.
 
-    A subclass says how in `compute_routing`; gate, losses and metrics are
-    here. Everything is float32, whatever the dtype policy.
+    A subclass implements `compute_routing`. The gate, the losses and the metrics are
+    provided here. Routing is float32 under every dtype policy.
 
     Args:
         num_experts: int, the number of experts `e`.
-        hidden_layers: see `Gate`, as the three that follow.
-        mechanism: string.
-        noise_std: float.
-        jitter_noise: float.
-        use_bias: bool, whether the gate has a bias.
-        kernel_initializer: initializer of the gate's kernel;
-            `TruncatedNormal(stddev=0.02)` by default.
-        bias_initializer: initializer of the gate's bias.
-        router_z_loss_weight: float, the weight of the z-loss, which is added
-            in training and evaluation.
-        export_metrics: `True`, `False`, or a tuple of names of `metric_names`. With
-            `()` there are none, but `RoutingMonitor` still sees the router.
-        name: string.
+        hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
+            Defaults to `None`, no hidden layers.
+        mechanism: string, see `Gate`. Defaults to `"softmax"`.
+        noise_std: float, the standard deviation of Gaussian noise added to the logits
+            in training. Defaults to 0.
+        jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
+            are multiplied in training. Defaults to 0.
+        use_bias: bool, whether the gate has a bias. Defaults to `True`.
+        kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
+            `TruncatedNormal(stddev=0.02)`.
+        bias_initializer: initializer of the gate's bias. Defaults to `"zeros"`.
+        router_z_loss_weight: float, the weight of the z-loss, which is added in
+            training and evaluation. Defaults to 0.
+        export_metrics: `True`; `False`; or a tuple of names from `metric_names`. With
+            `()` no metric is exported, but `RoutingMonitor` still sees the router.
+            Defaults to `True`.
+        name: string. Defaults to `"router"`.
         **kwargs: forwarded to `keras.layers.Layer`.
 
     Call arguments:
         inputs: `[g, t, h]`, tokens in groups.
-        expert_capacity: int, the slots of an expert for each group; `None` for
-            no capacity, if `supports_dropless`.
-        mask: bool `[g, t]`, false for a token to leave out, or `None`.
+        expert_capacity: int, the number of slots of an expert for each group; `None`
+            for no capacity, if `supports_dropless`.
+        mask: bool `[g, t]`, false for a masked token, or `None`.
         training: bool.
-
-    Attributes:
-        log: a `RoutingLog`, `None` without metrics.
 
     Returns:
         `Slots`, `Rows` or a `RouterMask`.
+
+    Attributes:
+        router_weights: the `Gate`.
+        log: the `RoutingLog` that `RoutingMonitor` reads; `None` with
+            `export_metrics=False`.
+        metric_names: tuple of the names that `export_metrics` accepts.
+        experts_per_token: int, the largest number of experts of a token; `None` if a
+            token may have any number, as where experts choose. A subclass sets it.
+        supports_dropless: bool, whether `compute_routing` accepts `None` as
+            `expert_capacity`. A subclass sets it. Defaults to `False`.
+        load_balancing_loss_weight: float, the weight of `load_balancing_loss`. Defaults
+            to 0.
+
+    Example:
+
+    ```python
+    class FirstChoice(keras_moe.Router):
+        experts_per_token = 1
+
+        def compute_routing(self, probs, expert_capacity, training=None):
+            selection = keras_moe.routing.top_k(probs, 1)
+            return keras_moe.routing.assign_slots(selection, probs, expert_capacity)
+    ```
     """
 
     metric_names = (
@@ -68,12 +101,10 @@ class Router(LayerMetrics, keras.layers.Layer):
         "expert_usage",
     )
     load_balancing_loss_weight = 0.0
-    # How many experts a token goes to at most; `None` where experts choose.
     experts_per_token = None
-    # Before `__init__`, where Keras may already ask for `variables`.
-    log = None
-    # Whether `compute_routing` can do without an `expert_capacity`.
     supports_dropless = False
+    # Set before `__init__`, where Keras may read `variables`.
+    log = None
 
     def __init__(
         self,
@@ -91,6 +122,7 @@ class Router(LayerMetrics, keras.layers.Layer):
         name="router",
         **kwargs,
     ):
+        checks.no_foreign_arguments(self, kwargs, HINTS)
         super().__init__(name=name, export_metrics=export_metrics, **kwargs)
         if not isinstance(self.export_metrics, bool):
             unknown = set(self.export_metrics) - set(self.metric_names)
@@ -125,15 +157,16 @@ class Router(LayerMetrics, keras.layers.Layer):
             self.router_weights.build(input_shape)
 
     def compute_routing(self, probs, expert_capacity, training=None):
-        """Turns probabilities into a routing. To be overridden.
+        """Turns probabilities into a routing. Subclasses must override it.
 
-        It leaves no trace in the layer; metrics have their place in `report`.
+        It runs in `call` and in `route`, so it must not add losses or metrics: these
+        belong in `report`.
 
         Args:
-            probs: float32 `[g, t, e]`, what the gate says: 1 in sum for a
-                valid token (but for a `"sigmoid"` gate), 0 for a masked one.
-            expert_capacity: int `c`, or a scalar tensor where the number of
-                tokens is not known; `None` for no capacity.
+            probs: float32 `[g, t, e]`, the router probabilities: 1 in sum for a valid
+                token (except with a `"sigmoid"` gate), 0 for a masked one.
+            expert_capacity: int `c`, or a scalar tensor if the number of tokens is
+                unknown; `None` for no capacity.
             training: bool.
 
         Returns:
@@ -145,20 +178,30 @@ class Router(LayerMetrics, keras.layers.Layer):
         )
 
     def load_balancing_loss(self, routing):
-        """The balance loss, unweighted; 0 for a router that needs none."""
+        """Returns the unweighted balance loss; 0 for a router without one."""
         return ops.zeros((), dtype="float32")
 
     def call(self, inputs, *, expert_capacity, mask=None, training=None):
-        routing, logits = self._decide(inputs, expert_capacity, mask, training)
+        routing, logits = self._route(inputs, expert_capacity, mask, training)
         self.report(routing, logits, mask)
         return routing
 
     def route(self, inputs, *, expert_capacity, mask=None, training=False):
-        """The routing alone: as `call`, but adds no loss and no metric."""
-        inputs = ops.cast(inputs, self.compute_dtype)
-        return self._decide(inputs, expert_capacity, mask, training)[0]
+        """Returns the routing without adding losses or metrics.
 
-    def _decide(self, inputs, expert_capacity, mask, training):
+        Args:
+            inputs: `[g, t, h]`.
+            expert_capacity: int, or `None`.
+            mask: bool `[g, t]`, or `None`.
+            training: bool.
+
+        Returns:
+            `Slots`, `Rows` or a `RouterMask`.
+        """
+        inputs = ops.cast(inputs, self.compute_dtype)
+        return self._route(inputs, expert_capacity, mask, training)[0]
+
+    def _route(self, inputs, expert_capacity, mask, training):
         probs, logits = self.router_weights(
             inputs, training=training, return_logits=True
         )
@@ -169,12 +212,10 @@ class Router(LayerMetrics, keras.layers.Layer):
         return routing, logits
 
     def report(self, routing, logits, mask):
-        """Adds losses and metrics. To be extended with metrics of one's own.
-
-        `call` does it, `route` does not.
+        """Adds losses and metrics. Subclasses may extend it with metrics of their own.
 
         Args:
-            routing: what `compute_routing` returned.
+            routing: the result of `compute_routing`.
             logits: float32 `[g, t, e]`.
             mask: bool `[g, t]`, or `None`.
         """
@@ -188,13 +229,13 @@ class Router(LayerMetrics, keras.layers.Layer):
         )
 
     def add_losses_and_metrics(self, routing, *, z_loss, balance_loss, valid):
-        """Adds the losses with their weights, and the metrics.
+        """Adds the weighted losses and the metrics.
 
         Args:
             routing: `Slots`, `Rows` or a `RouterMask`.
             z_loss: float32 scalar, unweighted.
             balance_loss: float32 scalar, unweighted.
-            valid: float32 scalar, the number of tokens that are not masked.
+            valid: float32 scalar, the number of valid tokens.
         """
         self._add_weighted_loss(z_loss, self.router_z_loss_weight)
         self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
@@ -214,7 +255,7 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     def _add_weighted_loss(self, loss, weight):
         if weight:
-            # In the dtype of the task's loss, to which Keras adds it.
+            # Keras adds it to the task's loss, which has this dtype.
             self.add_loss(ops.cast(weight * loss, keras.config.floatx()))
 
     @property
@@ -223,7 +264,7 @@ class Router(LayerMetrics, keras.layers.Layer):
 
     @property
     def metrics_prefix(self):
-        """The path of the MoE layer, and the name if it is not `"router"`."""
+        """The path of the MoE layer, followed by the name if it is not `"router"`."""
         return super().metrics_prefix.removesuffix("/router")
 
     def get_config(self):

@@ -1,41 +1,74 @@
-"""Tokens choose two experts, the second one on conditions."""
+"""Top-2 token-choice routing with a policy for second choices."""
 
 import keras
 from keras import ops
 
-from keras_moe import checks
-from keras_moe.placement import place, wanted_load
-from keras_moe.routers.masked import TokensChooseRouter
-from keras_moe.selection import Selection, top_k
+from keras_moe.routers.tokens_choose import TokensChooseRouter
+from keras_moe.routing.placement import assign_slots, selection_load
+from keras_moe.routing.selection import Selection, top_k
+from keras_moe.utils import checks
 
 POLICIES = ("all", "none", "threshold", "random")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
 class Top2MaskedRouter(TokensChooseRouter):
-    """Tokens choose the best expert, and the second best if a policy agrees.
+    """Routes each token to its best expert and, by a policy, to the second best.
 
-    The two weights are divided by their sum; after that a policy may take the
-    second choice away, which leaves the first weight as it is, below 1:
+    The two combine weights are divided by their sum. Then the policy may remove the
+    second choice, which leaves the first weight below 1:
 
-    - `"all"`: it stays;
-    - `"none"`: it goes;
-    - `"threshold"`: it stays where its weight is above the threshold;
-    - `"random"`: it stays with probability `weight / threshold`, at most 1.
+    - `"all"` keeps it;
+    - `"none"` removes it;
+    - `"threshold"` keeps it if its weight is above the threshold;
+    - `"random"` keeps it with probability `weight / threshold`, at most 1.
 
     The balance loss counts first choices only.
 
     Args:
         num_experts: int, the number of experts `e`, at least 2.
-        second_policy_train: string, the policy in training.
-        second_policy_eval: string, the policy otherwise.
-        second_threshold_train: float, the threshold in training.
-        second_threshold_eval: float, the threshold otherwise.
-        **kwargs: see `MaskedRouter`'s `load_balancing_loss_weight` and `Router`.
+        second_policy_train: string, the policy in training. Defaults to `"random"`.
+        second_policy_eval: string, the policy in inference. Defaults to `"threshold"`.
+        second_threshold_train: float, the threshold in training. Defaults to 0.2.
+        second_threshold_eval: float, the threshold in inference. Defaults to 0.2.
+        load_balancing_loss_weight: float, the weight of
+            `keras_moe.losses.load_balancing_loss`, which is added in training and
+            evaluation. Defaults to 0.01.
+        hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
+            Defaults to `None`, no hidden layers.
+        mechanism: string, `"softmax"` only.
+        noise_std: float, the standard deviation of Gaussian noise added to the logits
+            in training. Defaults to 0.
+        jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
+            are multiplied in training. Defaults to 0.
+        use_bias: bool, whether the gate has a bias. Defaults to `True`.
+        kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
+            `TruncatedNormal(stddev=0.02)`.
+        bias_initializer: initializer of the gate's bias. Defaults to `"zeros"`.
+        router_z_loss_weight: float, the weight of the z-loss, which is added in
+            training and evaluation. Defaults to 0.
+        export_metrics: `True`; `False`; or a tuple of metric names, see `Router`.
+            Defaults to `True`.
+        name: string. Defaults to `"router"`.
+        **kwargs: forwarded to `keras.layers.Layer`.
+
+    Call arguments:
+        See `Router`.
 
     Raises:
-        ValueError: for arguments out of range.
-        TypeError: for arguments of another type.
+        ValueError: if an argument is out of range.
+        TypeError: if an argument has another type.
+
+    Example:
+
+    ```python
+    layer = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(8, 64),
+        keras_moe.Top2MaskedRouter(8),
+        train_capacity_factor=2.0,
+        eval_capacity_factor=None,
+    )
+    ```
 
     Reference:
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), algorithm 1.
@@ -52,11 +85,35 @@ class Top2MaskedRouter(TokensChooseRouter):
         second_policy_eval="threshold",
         second_threshold_train=0.2,
         second_threshold_eval=0.2,
+        load_balancing_loss_weight=0.01,
+        hidden_layers=None,
+        mechanism="softmax",
+        noise_std=0.0,
+        jitter_noise=0.0,
+        use_bias=True,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        router_z_loss_weight=0.0,
+        export_metrics=True,
         name="router",
         **kwargs,
     ):
         checks.whole_number("num_experts", num_experts, minimum=2)
-        super().__init__(num_experts, name=name, **kwargs)
+        super().__init__(
+            num_experts,
+            load_balancing_loss_weight=load_balancing_loss_weight,
+            hidden_layers=hidden_layers,
+            mechanism=mechanism,
+            noise_std=noise_std,
+            jitter_noise=jitter_noise,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            router_z_loss_weight=router_z_loss_weight,
+            export_metrics=export_metrics,
+            name=name,
+            **kwargs,
+        )
         if self.mechanism != "softmax":
             raise ValueError(
                 '`mechanism` must be "softmax". '
@@ -78,21 +135,21 @@ class Top2MaskedRouter(TokensChooseRouter):
             self.policy_seed_generator = keras.random.SeedGenerator()
 
     def compute_routing(self, probs, expert_capacity, training=None):
-        first, both = self.choose(probs, training)
-        routing = place(both, probs, expert_capacity)
-        return routing._replace(load=wanted_load(first, self.num_experts))
+        first, both = self.select(probs, training)
+        load = selection_load(first, self.num_experts)
+        return assign_slots(both, probs, expert_capacity, load=load)
 
-    def choose(self, probs, training, important=None):
-        """The first choices, and both, after the policy.
+    def select(self, probs, training, important=None):
+        """Selects experts and applies the policy.
 
         Args:
             probs: float32 `[g, t, e]`, all zero for a masked token.
             training: bool.
-            important: bool `[g, t]`, false for a token whose best expert counts
-                as its second choice; `None` if there is none.
+            important: bool `[g, t]`, false for a token whose best expert counts as its
+                second choice; `None` if there is no such token.
 
         Returns:
-            A pair of `Selection`s, `[g, t, 1]` and `[g, t, 2]`.
+            A pair of `Selection`s: the first choices `[g, t, 1]`, and both `[g, t, 2]`.
         """
         index, weight = top_k(probs, 2, normalize=True)
         first, second = (
@@ -105,15 +162,15 @@ class Top2MaskedRouter(TokensChooseRouter):
                 ops.where(important, second.expert_index, first.expert_index),
                 ops.where(important, second.weight, demoted),
             )
-            first = _only(important, first)
-        second = _only(self._keeps_second(second.weight, training), second)
+            first = _keep(important, first)
+        second = _keep(self._keeps_second(second.weight, training), second)
         both = (
             ops.concatenate(pair, axis=-1) for pair in zip(first, second, strict=True)
         )
         return first, Selection(*both)
 
     def _keeps_second(self, weight, training):
-        """bool, of the shape of the second choices' weights."""
+        """Returns bool, in the shape of the second choices' weights."""
         policy = self.second_policy_train if training else self.second_policy_eval
         threshold = (
             self.second_threshold_train if training else self.second_threshold_eval
@@ -137,8 +194,8 @@ class Top2MaskedRouter(TokensChooseRouter):
         }
 
 
-def _only(kept, selection):
-    """The choices for which `kept` is true."""
+def _keep(kept, selection):
+    """Removes the choices for which `kept` is false."""
     return Selection(
         ops.where(kept, selection.expert_index, -1),
         ops.where(kept, selection.weight, 0.0),

@@ -40,20 +40,20 @@ import numpy as np
 import keras_moe
 
 folders = sorted(pathlib.Path(sys.argv[1]).iterdir())
-assert len(folders) == 3
-for folder in folders:
+others = [x for x in folders if x.name != keras.backend.backend()]
+assert len(others) == 2
+for folder in others:
     model = keras.models.load_model(folder / "model.keras", compile=False)
     data = np.load(folder / "data.npz")
     new = keras.models.clone_model(model)
     new.load_weights(folder / "checkpoint.weights.h5")
-    for each in model, new:
-        found = each.predict(data["x"], verbose=0)
-        np.testing.assert_allclose(found, data["y"], atol=1e-4)
-    model.compile("adam", "mse")
-    before = model.evaluate(data["x"], data["x"], verbose=0, return_dict=True)["loss"]
-    model.fit(data["x"], data["x"], epochs=30, verbose=0)
-    after = model.evaluate(data["x"], data["x"], verbose=0, return_dict=True)["loss"]
-    assert after < before, (folder, before, after)
+    for a, b in zip(model.get_weights(), new.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    found = model.predict(data["x"], verbose=0)
+    np.testing.assert_allclose(found, data["y"], atol=1e-4)
+model.compile("adam", "mse")
+losses = model.fit(data["x"], data["x"], epochs=20, verbose=0).history["loss"]
+assert losses[-1] < losses[0], losses
 """
 
 
@@ -68,5 +68,5 @@ def written(tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_files_of_all_backends_load_and_train_on(backend, written):
+def test_files_of_other_backends_load_and_train(backend, written):
     run(READ, backend, written)

@@ -1,4 +1,4 @@
-"""Training that is killed again and again ends where it would have ended anyway."""
+"""Training that is killed and resumed ends as uninterrupted training does."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import pytest
 from backends import BACKENDS, TESTS, surroundings
 
 KILLS = int(os.environ.get("KILLS", "2"))
-# A process that is killed does one at least, and a few more: they are short.
+# A process trains for one epoch at least before it is killed, and for some more.
 EPOCHS = 10 * (KILLS + 1)
 
 
@@ -27,7 +27,7 @@ def start(folder, backend):
 
 
 def epoch_of(process):
-    """The epoch that begins next."""
+    """Returns the next epoch that a process begins."""
     word, epoch = process.stdout.readline().split()
     assert word == "epoch"
     return int(epoch)
@@ -45,16 +45,16 @@ def test_killed_at_random_and_resumed(backend, tmp_path):
             epoch_of(process)
             time.sleep(moments.uniform(0, 0.2))
             process.kill()
-            assert process.wait() == -signal.SIGKILL, "It ended before."
+            assert process.wait() == -signal.SIGKILL, "It had ended."
             if kill == 0:
-                # As if it had been killed while Keras wrote this.
+                # As after a kill while Keras writes this file.
                 (folder / "backup" / "training_metadata.json").write_text("")
         process = start(folder, backend)
         begins.append(epoch_of(process))
         process.communicate()
         assert process.returncode == 0
         ends[name] = np.load(folder / "end.npz")
-    # The whole run, the first that is killed, and the others, each further on.
+    # The whole run and the first killed one begin at 0, the others later each time.
     assert begins[:2] == [0, 0]
     assert sorted(set(begins[1:])) == begins[1:]
     whole, killed = ends["whole"], ends["killed"]

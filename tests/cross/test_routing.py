@@ -10,7 +10,7 @@ import sys
 import keras
 import numpy as np
 from keras import ops
-from test_all_routers import E, H, ROUTERS
+from samples import E, H, ROUTERS
 
 rng = np.random.default_rng(0)
 # Of so few numbers, many tokens like two experts equally well, exactly.

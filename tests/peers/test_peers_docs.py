@@ -5,7 +5,7 @@ import types
 
 import garden
 import pytest
-from test_docs import ROOT, run_examples
+from snippets import ROOT, run_examples
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,220 @@
+"""A feed-forward layer, and what it shares with feed-forward experts."""
+
+import functools
+
+import keras
+from keras import ops
+
+from keras_moe.utils import checks, initializers
+from keras_moe.utils.serialization import base_dtype_policy
+
+
+class BaseFeedForward(keras.layers.Layer):
+    """Two dense layers with an activation between them, or three if gated. Abstract.
+
+    A subclass creates its dense layers in `_make_dense`. The arguments are those of
+    `FeedForward`.
+    """
+
+    def __init__(
+        self,
+        d_ff,
+        *,
+        inner_dropout,
+        output_dropout,
+        activation,
+        gated,
+        use_bias,
+        kernel_initializer,
+        bias_initializer,
+        remat,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.d_ff = checks.whole_number("d_ff", d_ff)
+        self.inner_dropout = checks.number("inner_dropout", inner_dropout, below=1)
+        self.output_dropout = checks.number("output_dropout", output_dropout, below=1)
+        self.activation = checks.from_keras(
+            "activation", activation, keras.activations.get
+        )
+        self.gated = checks.boolean("gated", gated)
+        self.use_bias = checks.boolean("use_bias", use_bias)
+        self.kernel_initializer = initializers.get(
+            "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = initializers.get("bias_initializer", bias_initializer)
+        self.remat = checks.boolean("remat", remat)
+        self.intermediate_layer = self._make_dense(self.d_ff, name="intermediate")
+        if self.gated:
+            self.gate_layer = self._make_dense(self.d_ff, name="gate")
+        policy = base_dtype_policy(self.dtype_policy)
+        self.inner_dropout_layer = keras.layers.Dropout(
+            self.inner_dropout, dtype=policy
+        )
+        self.output_dropout_layer = keras.layers.Dropout(
+            self.output_dropout, dtype=policy
+        )
+        self.supports_masking = True
+
+    def _make_dense(self, units, name):
+        """Creates a dense layer with `units` outputs."""
+        raise NotImplementedError
+
+    def _dense_arguments(self, name):
+        return {
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.clone(self.kernel_initializer),
+            "bias_initializer": initializers.clone(self.bias_initializer),
+            "dtype": self.dtype_policy,
+            "name": name,
+        }
+
+    def build(self, input_shape):
+        hidden = input_shape[-1]
+        self.output_layer = self._make_dense(hidden, name="output")
+        # It did not exist when the layer was frozen.
+        self.output_layer.trainable = self.trainable
+        self.intermediate_layer.build(input_shape)
+        if self.gated:
+            self.gate_layer.build(input_shape)
+        self.output_layer.build((*input_shape[:-1], self.d_ff))
+
+    @property
+    def dense_layers(self):
+        """The dense layers of a built layer: intermediate, output, gate if gated.
+
+        Their order is that of the arguments of `_feed_forward`. It is also the order
+        in which a file stores them.
+        """
+        gate = [self.gate_layer] if self.gated else []
+        return [self.intermediate_layer, self.output_layer, *gate]
+
+    def call(self, inputs, training=None):
+        return self._feed_forward(inputs, training, *self.dense_layers)
+
+    def quantized_call(self, *args, **kwargs):
+        # The dense layers are quantized, not this layer.
+        return self.call(*args, **kwargs)
+
+    def _feed_forward(self, inputs, training, intermediate, output, gate=None):
+        drop = functools.partial(self.inner_dropout_layer, training=training)
+        if self.remat and self.inner_dropout and training:
+            # Sampled outside the rematerialized function, which runs twice.
+            shape = (*ops.shape(inputs)[:-1], self.d_ff)
+            noise = drop(ops.ones(shape, dtype=self.compute_dtype))
+            drop = functools.partial(ops.multiply, noise)
+
+        def compute(inputs):
+            x = intermediate(inputs)
+            if gate is None:
+                return output(drop(self.activation(x)))
+            return output(drop(self.activation(gate(inputs)) * x))
+
+        if self.remat:
+            compute = keras.remat(compute)
+        return self.output_dropout_layer(compute(inputs), training=training)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "dtype": self._serialized_dense_policy(),
+            "d_ff": self.d_ff,
+            "inner_dropout": self.inner_dropout,
+            "output_dropout": self.output_dropout,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "kernel_initializer": initializers.serialize(self.kernel_initializer),
+            "bias_initializer": initializers.serialize(self.bias_initializer),
+            "remat": self.remat,
+        }
+
+    def _serialized_dense_policy(self):
+        """The dtype policy of the dense layers, which `quantize` changes."""
+        layers = self.dense_layers if self.built else [self.intermediate_layer]
+        policies = {layer.dtype_policy.name for layer in layers}
+        if len(policies) > 1:
+            raise ValueError(
+                "The dense layers of experts must be quantized alike to be saved. "
+                f"Received: {sorted(policies)} in {self.path}."
+            )
+        return keras.dtype_policies.serialize(layers[0].dtype_policy)
+
+
+@keras.saving.register_keras_serializable(package="keras_moe")
+class FeedForward(BaseFeedForward):
+    """A feed-forward layer, the same for every token.
+
+    `activation(x · W1 + b1) · W2 + b2`. With `gated=True`, and the gate's weights `Wg`
+    and `bg`, `(activation(x · Wg + bg) * (x · W1 + b1)) · W2 + b2`.
+
+    Args:
+        d_ff: int, the size `f` of the inner layer.
+        inner_dropout: float in [0, 1), the dropout rate after the activation.
+            Defaults to 0.
+        output_dropout: float in [0, 1), the dropout rate after the output. Defaults
+            to 0.
+        activation: name or function. Defaults to `"gelu"`, the exact one.
+        gated: bool, whether to gate the inner layer; with `activation="silu"` this is
+            SwiGLU. Defaults to `False`.
+        use_bias: bool. Defaults to `True`.
+        kernel_initializer: initializer of the kernels. Defaults to `None`,
+            `TruncatedNormal(stddev=0.02)`.
+        bias_initializer: initializer of the biases. Defaults to `"zeros"`.
+        remat: bool, whether to recompute the inner layer for the gradient instead of
+            keeping it in memory. Defaults to `False`.
+        name: string.
+        **kwargs: forwarded to `keras.layers.Layer`.
+
+    Call arguments:
+        inputs: `[batch, ..., h]`.
+        training: bool, whether to apply dropout.
+
+    Returns:
+        `[batch, ..., h]`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.FeedForward(d_ff=64, activation="silu", gated=True)
+    layer(np.ones((2, 8, 16))).shape  # (2, 8, 16)
+    ```
+
+    Reference:
+        [Shazeer, 2020](https://arxiv.org/abs/2002.05202) on gated layers.
+    """
+
+    def __init__(
+        self,
+        d_ff,
+        *,
+        inner_dropout=0.0,
+        output_dropout=0.0,
+        activation="gelu",
+        gated=False,
+        use_bias=True,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        remat=False,
+        name=None,
+        **kwargs,
+    ):
+        super().__init__(
+            d_ff,
+            inner_dropout=inner_dropout,
+            output_dropout=output_dropout,
+            activation=activation,
+            gated=gated,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            remat=remat,
+            name=name,
+            **kwargs,
+        )
+
+    def _make_dense(self, units, name):
+        return keras.layers.Dense(units, **self._dense_arguments(name))

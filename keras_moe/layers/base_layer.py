@@ -1,0 +1,204 @@
+"""The pipeline of every Mixture-of-Experts layer: group, route, dispatch, combine."""
+
+import keras
+from keras import ops
+
+from keras_moe.routing.dispatch import combine, dispatch
+from keras_moe.routing.grouping import group, tokens_per_group, ungroup
+from keras_moe.routing.sharding import shard_by_expert, shard_by_group
+from keras_moe.routing.values import group_size_arguments
+from keras_moe.utils import checks
+from keras_moe.utils.serialization import deserialize_sublayers
+
+# Arguments of the router and the experts, also under the names of other packages.
+_OF_ROUTER = (
+    ("num_selected_experts", "num_selected_experts"),
+    ("top_k", "num_selected_experts"),
+    ("k", "num_selected_experts"),
+    ("num_experts_per_tok", "num_selected_experts"),
+    ("load_balancing_loss_weight", "load_balancing_loss_weight"),
+    ("loss_coef", "load_balancing_loss_weight"),
+    ("router_z_loss_weight", "router_z_loss_weight"),
+    ("export_metrics", "export_metrics"),
+)
+_OF_EXPERTS = (("d_ff", "d_ff"), ("hidden_dim", "d_ff"), ("activation", "activation"))
+HINTS = {
+    "num_experts": "`num_experts` of the experts and of the router",
+    "capacity_factor": "`train_capacity_factor` and `eval_capacity_factor`",
+    **{name: f"`{ours}` of the router" for name, ours in _OF_ROUTER},
+    **{name: f"`{ours}` of the experts" for name, ours in _OF_EXPERTS},
+}
+
+
+class BaseMoeLayer(keras.layers.Layer):
+    """Dispatches tokens to experts and combines their outputs. Abstract.
+
+    A subclass implements `compute_routing` and `count_slots`.
+
+    Args:
+        experts: layer with `num_experts` that maps `[g, e, c, h]` to the same shape.
+        examples_per_group: float, the number of examples that are routed together.
+        name: string.
+        **kwargs: forwarded to `keras.layers.Layer`.
+    """
+
+    # The largest number of experts of a token; `None` where experts choose.
+    experts_per_token = None
+    # The group size of the shape that the layer was built with, if it is known.
+    built_tokens_per_group = None
+
+    def __init__(self, experts, *, examples_per_group=1.0, name=None, **kwargs):
+        checks.no_foreign_arguments(self, kwargs, HINTS)
+        super().__init__(name=name, **kwargs)
+        if not isinstance(experts, keras.layers.Layer) or not hasattr(
+            experts, "num_experts"
+        ):
+            raise TypeError(
+                "`experts` must be a Keras layer with an attribute `num_experts`. "
+                f"Received: {type(experts).__name__}."
+            )
+        self.experts = experts
+        self.num_experts = checks.whole_number("num_experts", experts.num_experts)
+        self.examples_per_group = checks.examples_per_group(examples_per_group)
+        self.supports_masking = True
+
+    def compute_routing(self, tokens, mask, training, report=True):
+        """Computes the routing of tokens. Subclasses must override it.
+
+        Args:
+            tokens: `[g, t, h]`.
+            mask: bool `[g, t]`, false for a masked token, or `None`.
+            training: bool.
+            report: bool, whether to add losses and metrics.
+
+        Returns:
+            `Slots`, `Rows` or a `RouterMask`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `compute_routing`."
+        )
+
+    def count_slots(self, tokens, training):
+        """Returns the number of slots of all experts. Subclasses must override it.
+
+        Args:
+            tokens: int, the tokens of a group.
+            training: bool.
+
+        Returns:
+            An int; `None` without a capacity.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `count_slots`."
+        )
+
+    def build(self, input_shape):
+        self._check_input_shape(input_shape)
+        self.built_tokens_per_group = tokens_per_group(
+            input_shape, self.examples_per_group
+        )
+        hidden = input_shape[-1]
+        self.input_spec = keras.InputSpec(min_ndim=2, axes={-1: hidden})
+        # A symbolic call builds any layer, with or without a `build`.
+        buffers = keras.KerasTensor(
+            (1, self.num_experts, None, hidden), dtype=self.compute_dtype
+        )
+        results = self.experts(buffers)
+        received = getattr(results, "shape", type(results).__name__)
+        if received != buffers.shape:
+            raise ValueError(
+                "`experts` must return the shape of their inputs. "
+                f"Received: {received} for {buffers.shape}."
+            )
+
+    def call(self, inputs, mask=None, training=None, return_routing=False):
+        tokens, mask = self._group(inputs, mask)
+        routing = self.compute_routing(tokens, mask, training)
+        buffers = shard_by_expert(dispatch(tokens, routing), self.experts)
+        results = self.experts(buffers, **group_size_arguments(routing))
+        results = shard_by_group(results, self.experts)
+        outputs = ops.cast(combine(results, routing), self.compute_dtype)
+        outputs = ungroup(outputs, inputs, self.examples_per_group)
+        return (outputs, routing) if return_routing else outputs
+
+    def route(self, inputs, mask=None, training=False):
+        """Returns the routing of inputs, without calling the experts.
+
+        No loss or metric is added.
+
+        Args:
+            inputs: `[batch, ..., h]`.
+            mask: bool `[batch, ...]`, false for a masked token. Defaults to `None`, no
+                mask; the implicit Keras mask of the inputs is ignored.
+            training: bool. Defaults to `False`.
+
+        Returns:
+            `Slots`, `Rows` or a `RouterMask`, in groups.
+        """
+        inputs = ops.cast(ops.convert_to_tensor(inputs), self.compute_dtype)
+        if not self.built:
+            self.build(inputs.shape)
+        tokens, mask = self._group(inputs, mask)
+        return self.compute_routing(tokens, mask, training, report=False)
+
+    def _group(self, inputs, mask):
+        self._check_input_shape(inputs.shape)
+        _check_mask_shape(mask, inputs)
+        return group(inputs, mask, self.examples_per_group)
+
+    def _check_input_shape(self, shape):
+        if len(shape) < 2 or shape[-1] is None:
+            raise ValueError(
+                "Inputs must be (batch, ..., hidden), with a known last axis. "
+                f"Received: input_shape={shape}."
+            )
+        examples = self.examples_per_group
+        if len(shape) == 2 and examples is not None and examples <= 1:
+            raise ValueError(
+                "Inputs (batch, hidden) have one token per example, so a group of one "
+                "example or less has a single token, and routing is meaningless. Use "
+                "`examples_per_group=None`, or a number above 1. "
+                f"Received: examples_per_group={examples:g}, input_shape={shape}."
+            )
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def compute_output_spec(
+        self, inputs, mask=None, training=None, return_routing=False
+    ):
+        _check_mask_shape(mask, inputs)
+        if return_routing:
+            # Infers the shapes of the routing by a symbolic call.
+            return keras.Operation.compute_output_spec(
+                self, inputs, mask=mask, training=training, return_routing=True
+            )
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_build_config(self):
+        # The owner of this layer builds it, so that its path begins with the owner's.
+        return None
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "experts": keras.saving.serialize_keras_object(self.experts),
+            "examples_per_group": self.examples_per_group,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**deserialize_sublayers(config, "experts"))
+
+
+def _check_mask_shape(mask, inputs):
+    if mask is None:
+        return
+    received, expected = tuple(mask.shape), tuple(inputs.shape[:-1])
+    if len(received) != len(expected) or any(
+        r != e for r, e in zip(received, expected, strict=True) if None not in (r, e)
+    ):
+        raise ValueError(
+            "`mask` must have the shape of the inputs without the last axis, "
+            f"{expected}. Received: a mask of shape {received}."
+        )

@@ -1,0 +1,53 @@
+"""The routing log: sums over batches that `RoutingMonitor` reads."""
+
+import numpy as np
+from keras import ops
+
+from keras_moe.metrics import running_sums
+from keras_moe.routing.statistics import expert_load, max_loads
+
+
+class RoutingLog:
+    """Sums over batches of what a router did.
+
+    This is not a Keras object, so Keras does not track the variable as a weight.
+
+    Args:
+        owner: string, the router's name, which begins the variable's name.
+        num_experts: int.
+    """
+
+    def __init__(self, owner, num_experts):
+        self.sums = running_sums((num_experts + 5,), f"{owner}_routing_log")
+
+    def update(self, routing, *, valid, left_behind, z_loss):
+        """Adds a batch.
+
+        Args:
+            routing: `Slots`, `Rows` or `RouterMask`.
+            valid: float32 scalar, the number of valid tokens.
+            left_behind: float32 scalar, the fraction of these without an expert.
+            z_loss: float32 scalar, unweighted.
+        """
+        max_load, groups = max_loads(routing)
+        figures = [valid, valid * left_behind, valid * z_loss, max_load, groups]
+        sums = ops.concatenate([ops.stack(figures), expert_load(routing)])
+        self.sums.assign_add(ops.stop_gradient(sums))
+
+    def read(self):
+        """Returns a dict of the sums since the last `clear`, as numpy values."""
+        tokens, left_behind, z_loss, max_load, groups, *load = ops.convert_to_numpy(
+            self.sums
+        )
+        return {
+            "tokens": tokens,
+            "left_behind": left_behind,
+            "z_loss": z_loss,
+            "max_load": max_load,
+            "groups": groups,
+            "load": np.array(load),
+        }
+
+    def clear(self):
+        """Sets the sums to 0."""
+        self.sums.assign(ops.zeros(self.sums.shape, dtype="float32"))

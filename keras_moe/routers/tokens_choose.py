@@ -1,0 +1,95 @@
+"""The base class of routers where tokens choose experts."""
+
+from keras_moe import losses
+from keras_moe.routers.router import Router
+from keras_moe.routing.values import check_has_probs
+from keras_moe.utils import checks
+
+
+class TokensChooseRouter(Router):
+    """A router where tokens choose experts and a loss balances the load. Abstract.
+
+    A subclass implements `compute_routing`.
+
+    Args:
+        num_experts: int, the number of experts `e`.
+        load_balancing_loss_weight: float, the weight of
+            `keras_moe.losses.load_balancing_loss`, which is added in training and
+            evaluation. Defaults to 0.01.
+        hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
+            Defaults to `None`, no hidden layers.
+        mechanism: string, see `Gate`. Defaults to `"softmax"`.
+        noise_std: float, the standard deviation of Gaussian noise added to the logits
+            in training. Defaults to 0.
+        jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
+            are multiplied in training. Defaults to 0.
+        use_bias: bool, whether the gate has a bias. Defaults to `True`.
+        kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
+            `TruncatedNormal(stddev=0.02)`.
+        bias_initializer: initializer of the gate's bias. Defaults to `"zeros"`.
+        router_z_loss_weight: float, the weight of the z-loss, which is added in
+            training and evaluation. Defaults to 0.
+        export_metrics: `True`; `False`; or a tuple of metric names, see `Router`.
+            Defaults to `True`.
+        name: string. Defaults to `"router"`.
+        **kwargs: forwarded to `keras.layers.Layer`.
+
+    Call arguments:
+        See `Router`.
+
+    Example:
+
+    ```python
+    class BestTwo(keras_moe.TokensChooseRouter):
+        experts_per_token = 2
+
+        def compute_routing(self, probs, expert_capacity, training=None):
+            selection = keras_moe.routing.top_k(probs, 2)
+            return keras_moe.routing.assign_slots(selection, probs, expert_capacity)
+    ```
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        *,
+        load_balancing_loss_weight=0.01,
+        hidden_layers=None,
+        mechanism="softmax",
+        noise_std=0.0,
+        jitter_noise=0.0,
+        use_bias=True,
+        kernel_initializer=None,
+        bias_initializer="zeros",
+        router_z_loss_weight=0.0,
+        export_metrics=True,
+        name="router",
+        **kwargs,
+    ):
+        super().__init__(
+            num_experts,
+            hidden_layers=hidden_layers,
+            mechanism=mechanism,
+            noise_std=noise_std,
+            jitter_noise=jitter_noise,
+            use_bias=use_bias,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            router_z_loss_weight=router_z_loss_weight,
+            export_metrics=export_metrics,
+            name=name,
+            **kwargs,
+        )
+        self.load_balancing_loss_weight = checks.number(
+            "load_balancing_loss_weight", load_balancing_loss_weight
+        )
+
+    def load_balancing_loss(self, routing):
+        check_has_probs(routing)
+        return losses.load_balancing_loss(routing.probs, routing.load)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "load_balancing_loss_weight": self.load_balancing_loss_weight,
+        }

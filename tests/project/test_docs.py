@@ -1,0 +1,61 @@
+"""The documentation: its examples run, and its links lead somewhere."""
+
+import re
+
+import pytest
+from snippets import ROOT, run_examples
+
+FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+WITHOUT_EXAMPLES = {
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "devices.md",
+    "examples.md",
+    "performance.md",
+    "reference.md",
+    "references.md",
+    "tables.md",
+}
+PAPER = re.compile(r"https://(?:arxiv\.org/abs|doi\.org)/[\w./-]*\w")
+FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
+
+each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+
+
+@each_file
+def test_the_examples_run(file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    count = run_examples(file)
+    assert count or file.name in WITHOUT_EXAMPLES
+
+
+@each_file
+def test_the_links_lead_somewhere(file):
+    text = FENCED.sub("", file.read_text(encoding="utf-8"))
+    for path, heading in LINK.findall(text):
+        if path.startswith(("https:", "http:")):
+            continue
+        target = file.parent / path if path else file
+        assert target.exists(), path
+        if heading:
+            assert heading in headings(target), f"{path}#{heading}"
+
+
+def test_each_paper_stands_among_the_references():
+    references = ROOT / "docs" / "references.md"
+    code = [*(ROOT / "keras_moe").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
+    cited = {p for file in [*code, *FILES] if file != references for p in papers(file)}
+    assert cited == set(papers(references))
+
+
+def papers(file):
+    return PAPER.findall(file.read_text(encoding="utf-8"))
+
+
+def headings(file):
+    """The headings of a file as links name them."""
+    text = FENCED.sub("", file.read_text(encoding="utf-8"))
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]

@@ -1,0 +1,50 @@
+"""Layers and inputs that many tests use."""
+
+from keras import ops
+
+from keras_moe import (
+    BiasBalancedMaskedRouter,
+    ExpertsChooseMaskedRouter,
+    MaskedRouter,
+    Top2MaskedRouter,
+)
+
+E, H, F = 4, 6, 10
+
+# Each router, with each of its options.
+ROUTERS = {
+    "switch": lambda: MaskedRouter(E, jitter_noise=0.1, noise_std=0.1),
+    "token": lambda: MaskedRouter(E, num_selected_experts=2, priority="token"),
+    "probability": lambda: MaskedRouter(
+        E, num_selected_experts=2, priority="probability"
+    ),
+    "next best": lambda: MaskedRouter(
+        E,
+        num_selected_experts=2,
+        normalize_weights=True,
+        priority="token",
+        overflow="next_best",
+    ),
+    "gumbel": lambda: MaskedRouter(E, mechanism="gumbel"),
+    "hidden layers": lambda: MaskedRouter(
+        E, hidden_layers=[7], kernel_initializer="he_normal"
+    ),
+    "experts choose": lambda: ExpertsChooseMaskedRouter(E, mechanism="sigmoid"),
+    "bias balanced": lambda: BiasBalancedMaskedRouter(
+        E, num_selected_experts=2, num_expert_groups=2, bias_update_rate=0.1
+    ),
+    "top 2": lambda: Top2MaskedRouter(E),
+}
+
+
+def inputs(rng, *shape, h=H):
+    return rng.normal(size=(*shape, h)).astype("float32")
+
+
+def numpy_call(layer, x, **kwargs):
+    return ops.convert_to_numpy(layer(x, **kwargs))
+
+
+def prefer_first(shape, dtype=None):
+    """An initializer of a gate's bias with which every token selects expert 0."""
+    return ops.cast(ops.arange(shape[0]) == 0, dtype) * 100.0
