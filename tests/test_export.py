@@ -27,10 +27,11 @@ np.savez(sys.argv[3], **results)
 """
 
 
-def make_model(factor, length=T):
+def make_model(factors=FACTORS, length=T):
+    """A model with a layer for each capacity factor."""
     inputs = keras.Input((length, H))
     x = inputs
-    for i in range(2):
+    for i, factor in enumerate(factors):
         x = x + keras_moe.MoeLayer(
             keras_moe.FeedForwardExperts(E, F, kernel_initializer="he_normal"),
             keras_moe.MaskedRouter(
@@ -59,20 +60,18 @@ def check_served(model, data, folder):
 
 @pytest.mark.thorough
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel there")
-@pytest.mark.parametrize("factor", FACTORS)
-def test_saved_model_of_any_batch_size(factor, rng, tmp_path):
+def test_saved_model_of_any_batch_size(rng, tmp_path):
     data = {
         f"of_{n}": rng.normal(size=(n, T, H)).astype("float32") for n in (1, 3, 4, 9)
     }
-    check_served(make_model(factor), data, tmp_path)
+    check_served(make_model(), data, tmp_path)
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras needs a known length there")
-@pytest.mark.parametrize("factor", FACTORS)
-def test_saved_model_of_any_length(factor, rng, tmp_path):
+def test_saved_model_of_any_length(rng, tmp_path):
     data = {f"of_{n}": rng.normal(size=(2, n, H)).astype("float32") for n in (1, 5, 30)}
-    check_served(make_model(factor, length=None), data, tmp_path)
+    check_served(make_model(length=None), data, tmp_path)
 
 
 @pytest.mark.thorough
@@ -80,7 +79,7 @@ def test_saved_model_of_any_length(factor, rng, tmp_path):
 def test_onnx(rng, tmp_path):
     import onnxruntime
 
-    model = make_model(2.0)
+    model = make_model([2.0, 2.0])
     x = rng.normal(size=(4, T, H)).astype("float32")
     expected = model.predict_on_batch(x)
     file = str(tmp_path / "model.onnx")

@@ -10,7 +10,7 @@ import pytest
 
 import keras_moe
 
-STEPS = int(os.environ.get("STEPS", "500"))
+STEPS = int(os.environ.get("STEPS", "200"))
 EPOCHS = 5
 BATCH_SIZES = 4, 1, 3, 7, 2
 

@@ -8,26 +8,24 @@ import pathlib
 
 import keras
 import numpy as np
-import pytest
 
 import keras_moe
 
 DATA = pathlib.Path(__file__).parent / "data" / "0.1.0"
 
 
-@pytest.mark.parametrize("name", ["every_layer", "int8"])
-def test_old_files_load(name):
+def load(name):
     assert keras_moe  # Its import registers the classes.
     expected = np.load(DATA / "expected.npz")
     model = keras.models.load_model(DATA / f"{name}.keras")
     found = model.predict(expected["x"], verbose=0)
     np.testing.assert_allclose(found, expected[name], rtol=1e-5, atol=1e-5)
+    return model, expected
 
 
-def test_an_old_model_trains_on():
+def test_every_layer():
     """With the optimizer's state, and with the same losses and metrics."""
-    expected = np.load(DATA / "expected.npz")
-    model = keras.models.load_model(DATA / "every_layer.keras")
+    model, expected = load("every_layer")
     assert model.optimizer.iterations == 2
     x, y = expected["x"], np.zeros((5, 6, 2), "float32")
     logs = model.evaluate(x, y, batch_size=5, verbose=0, return_dict=True)
@@ -36,3 +34,7 @@ def test_an_old_model_trains_on():
     np.testing.assert_allclose(values, expected["log_values"], rtol=1e-4, atol=1e-6)
     model.fit(x, y, verbose=0)
     assert model.optimizer.iterations == 3
+
+
+def test_quantized_experts():
+    load("int8")

@@ -1,6 +1,6 @@
 """Draws load.png and routing.png with the MoE model of examples/char_lm.py.
 
-    PYTHONPATH=examples python docs/images/draw.py [--steps 500]
+PYTHONPATH=examples python docs/images/draw.py [--steps 500]
 """
 
 import argparse

@@ -12,14 +12,14 @@ import keras_moe
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-    # With it, an update of weights may overtake a read, on a CPU without XLA.
+    # Without this, an update of weights may run before a read, on a CPU without XLA.
     tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
 
-STEPS, BATCH, LENGTH, HIDDEN, EXPERTS = 20, 16, 8, 12, 8
+STEPS, BATCH, LENGTH, HIDDEN, EXPERTS = 10, 16, 8, 12, 8
 
 
 class Data(keras.utils.PyDataset):
-    """Batches in an order that follows from the epoch."""
+    """Batches in an order that depends on the epoch."""
 
     epoch = 0
 
@@ -28,7 +28,7 @@ class Data(keras.utils.PyDataset):
         rng = np.random.default_rng(0)
         shape = (STEPS, BATCH, LENGTH, HIDDEN)
         self.x = rng.normal(size=shape).astype("float32")
-        # A task that wants other experts for other tokens.
+        # A task in which different tokens need different experts.
         self.y = np.where(self.x[..., :1] > 0, np.tanh(self.x), self.x[..., ::-1])
 
     def __len__(self):
@@ -40,7 +40,7 @@ class Data(keras.utils.PyDataset):
 
 
 class Backup(keras.callbacks.BackupAndRestore):
-    """Takes the weights where only the epoch, written after them, is unreadable."""
+    """Continues if only the file of the epoch, written after the weights, is damaged."""
 
     def on_train_begin(self, logs=None):
         with contextlib.suppress(json.JSONDecodeError):
@@ -48,10 +48,10 @@ class Backup(keras.callbacks.BackupAndRestore):
 
 
 class Epochs(keras.callbacks.Callback):
-    """Counts epochs by the optimizer's steps, which lie in a file with the weights.
+    """Derives the epoch from the optimizer's steps, which are saved with the weights.
 
-    `BackupAndRestore` writes the epoch into a second file, afterwards: a process that
-    is killed between the two leaves the weights of one epoch more.
+    `BackupAndRestore` writes its own epoch to a second file, after the weights. A
+    process killed in between leaves weights of a later epoch.
     """
 
     def __init__(self, data, epochs):
