@@ -40,7 +40,7 @@ class Data(keras.utils.PyDataset):
 
 
 class Backup(keras.callbacks.BackupAndRestore):
-    """Continues if only the file of the epoch, written after the weights, is damaged."""
+    """Continues if only the file of the epoch, written last, is damaged."""
 
     def on_train_begin(self, logs=None):
         with contextlib.suppress(json.JSONDecodeError):
