@@ -66,7 +66,7 @@ class RoutingMonitor(keras.callbacks.Callback):
     model = keras.Model(inputs, inputs + layer(inputs))
     model.compile("adam", "mse")
     monitor = keras_moe.callbacks.RoutingMonitor()
-    x = np.ones((4, 8, 16))
+    x = np.random.default_rng(0).normal(size=(4, 8, 16))
     model.fit(x, x, epochs=3, callbacks=[monitor], verbose=0)
     monitor.history[-1]["load"]
     ```
