@@ -2,7 +2,7 @@ import collections
 import contextlib
 import os
 
-# On JAX the tests spend their time compiling: this leaves a quarter of it.
+# Most of the test time on JAX is compilation, which these flags reduce to a quarter.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
@@ -18,14 +18,14 @@ import pytest
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-    # With it (TensorFlow 2.21, CPU, without XLA) a variable is now and then updated
-    # before all that reads it has run. With two `Dense` layers, SGD(1.0) and a loss
-    # of sum(outputs), 14 of 60 models had a gradient of the weights after the step.
+    # Dependency optimization (TensorFlow 2.21, CPU, without XLA) sometimes updates a
+    # variable before all of its reads have run. With two `Dense` layers, SGD(1.0) and a
+    # loss of sum(outputs), 14 of 60 models had a gradient of the updated weights.
     tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
 
 
 @pytest.fixture(autouse=True)
-def same_numbers_every_time():
+def fixed_seed():
     keras.utils.set_random_seed(1)
 
 
@@ -58,7 +58,7 @@ def float64():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Prints what tests have tried, in numbers: what `record_property` was told."""
+    """Prints the numbers that tests pass to `record_property`, summed per file."""
     counts = collections.defaultdict(collections.Counter)
     for report in terminalreporter.getreports("passed"):
         numbers = {k: n for k, n in report.user_properties if isinstance(n, int)}

@@ -1,11 +1,11 @@
-"""The gradient of a scalar function, on any backend."""
+"""Gradients of scalar functions, on any backend."""
 
 import keras
 import numpy as np
 
 
 def gradients(function, *arrays):
-    """Gradients of `function(*arrays)`, a scalar, as numpy arrays."""
+    """Returns the gradients of the scalar `function(*arrays)` as numpy arrays."""
     name = keras.backend.backend()
     if name == "tensorflow":
         import tensorflow as tf
@@ -21,7 +21,7 @@ def gradients(function, *arrays):
     if name == "jax":
         import jax
 
-        # Compiled as one: op by op, each op would be compiled.
+        # One compilation of the function is faster than one of each op.
         gradient = jax.jit(jax.grad(function, argnums=tuple(range(len(arrays)))))
         found = gradient(*arrays)
         return [np.asarray(g) for g in found]

@@ -1,6 +1,6 @@
-"""The layers in plain numpy, with loops: slow, and easy to be sure of.
+"""Reference implementation of the layers in numpy, with loops: slow, easy to verify.
 
-Arrays are `[g, t, ...]`; a slot that holds no token holds -1.
+Arrays are `[g, t, ...]`; -1 marks an empty slot.
 """
 
 import itertools
@@ -9,12 +9,12 @@ import math
 import numpy as np
 
 
-def capacity(t, num_experts, factor, least=1):
-    return min(max(round(factor * t / num_experts), least), t)
+def capacity(t, num_experts, factor, minimum=1):
+    return min(max(round(factor * t / num_experts), minimum), t)
 
 
 def groups(x, mask, examples_per_group):
-    """Lists of (example, position) that are routed together."""
+    """Returns the groups, as lists of (example, position)."""
     batch, length = x.shape[:2]
     tokens = [[(b, s) for s in range(length)] for b in range(batch)]
     if examples_per_group is None:
@@ -41,35 +41,51 @@ def softmax(logits):
     return z / z.sum(-1, keepdims=True)
 
 
-def best(scores, k):
-    """The indices of the k largest, of equals the first."""
+def top_k(scores, k):
+    """Returns the indices of the k largest scores; ties go to the lower index."""
     return sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:k]
 
 
 def tokens_choose(probs, valid, k, c, normalize=False, priority="choice"):
-    """For one group: slots `[e][c]` of (token, weight), and wanted counts."""
+    """Token-choice routing of one group.
+
+    Returns:
+        Slots `[e][c]` of (token, weight), and the assignments to each expert before
+        dropping.
+    """
     t, e = probs.shape
-    wanted = []
+    choices = []
     for token in range(t):
-        chosen = best(probs[token], k) if valid[token] else []
-        total = sum(probs[token][i] for i in chosen) if normalize else 1.0
-        wanted.append([(i, probs[token][i] / total) for i in chosen])
+        selected = top_k(probs[token], k) if valid[token] else []
+        total = sum(probs[token][i] for i in selected) if normalize else 1.0
+        choices.append([(i, probs[token][i] / total) for i in selected])
     tokens = range(t)
     if priority == "probability":
-        tokens = best(probs.max(-1), t)
-    turns = [(token, choice) for choice in range(k) for token in tokens]
+        tokens = top_k(probs.max(-1), t)
+    order = [(token, rank) for rank in range(k) for token in tokens]
     if priority == "token":
-        turns = [(token, choice) for token in tokens for choice in range(k)]
-    return serve(wanted, turns, e, c)
+        order = [(token, rank) for token in tokens for rank in range(k)]
+    return assign_slots(choices, order, e, c)
 
 
-def serve(wanted, turns, e, c):
-    """Slots and counts for lists of (expert, weight), in turns."""
+def assign_slots(choices, order, e, c):
+    """Assigns slots to each token's choices in the given order.
+
+    Args:
+        choices: for each token, a list of (expert, weight).
+        order: (token, rank) pairs, where rank is an index of a token's choices.
+        e: int, the number of experts.
+        c: int, the number of slots of each expert.
+
+    Returns:
+        Slots `[e][c]` of (token, weight), and the assignments to each expert before
+        dropping.
+    """
     slots = [[] for _ in range(e)]
     counts = np.zeros(e)
-    for token, choice in turns:
-        if choice < len(wanted[token]):
-            expert, weight = wanted[token][choice]
+    for token, rank in order:
+        if rank < len(choices[token]):
+            expert, weight = choices[token][rank]
             counts[expert] += 1
             if len(slots[expert]) < c:
                 slots[expert].append((token, weight))
@@ -77,69 +93,71 @@ def serve(wanted, turns, e, c):
 
 
 def top_two(probs, valid, c, keeps):
-    """First choices, then second ones that `keeps(token, weight)` agrees to.
+    """Top-2 routing, with the second choices for which `keeps(token, weight)` is true.
 
     The counts are those of the first choices.
     """
     t, e = probs.shape
-    wanted = []
+    choices = []
     counts = np.zeros(e)
     for token in range(t):
-        chosen = best(probs[token], 2) if valid[token] else []
-        total = sum(probs[token][i] for i in chosen)
-        choices = [(i, probs[token][i] / total) for i in chosen]
-        for expert, _ in choices[:1]:
+        selected = top_k(probs[token], 2) if valid[token] else []
+        total = sum(probs[token][i] for i in selected)
+        pair = [(i, probs[token][i] / total) for i in selected]
+        for expert, _ in pair[:1]:
             counts[expert] += 1
-        wanted.append(choices[:1] + [x for x in choices[1:] if keeps(token, x[1])])
-    turns = [(token, choice) for choice in range(2) for token in range(t)]
-    return serve(wanted, turns, e, c)[0], counts
+        choices.append(pair[:1] + [x for x in pair[1:] if keeps(token, x[1])])
+    order = [(token, rank) for rank in range(2) for token in range(t)]
+    return assign_slots(choices, order, e, c)[0], counts
 
 
 def bias_balanced(scores, bias, valid, k, c, groups=1, selected=1, scale=1.0):
-    """The best scores plus bias, within the best groups of experts."""
+    """Top-k routing by score plus bias, limited to the best groups of experts."""
     t, e = scores.shape
     size = e // groups
-    wanted = []
+    choices = []
     for token in range(t):
         biased = scores[token] + bias
-        of_group = [
+        group_scores = [
             sum(sorted(biased[i * size : (i + 1) * size])[-2:]) for i in range(groups)
         ]
-        open_ = [i * size + j for i in best(of_group, selected) for j in range(size)]
-        allowed = [biased[i] if i in open_ else -math.inf for i in range(e)]
-        chosen = best(allowed, k) if valid[token] else []
-        total = sum(scores[token][i] for i in chosen) if k > 1 else 1.0
-        wanted.append([(i, scale * scores[token][i] / total) for i in chosen])
-    turns = [(token, choice) for choice in range(k) for token in range(t)]
-    return serve(wanted, turns, e, c)
+        best_groups = top_k(group_scores, selected)
+        allowed = [i * size + j for i in best_groups for j in range(size)]
+        limited = [biased[i] if i in allowed else -math.inf for i in range(e)]
+        experts = top_k(limited, k) if valid[token] else []
+        total = sum(scores[token][i] for i in experts) if k > 1 else 1.0
+        choices.append([(i, scale * scores[token][i] / total) for i in experts])
+    order = [(token, rank) for rank in range(k) for token in range(t)]
+    return assign_slots(choices, order, e, c)
 
 
 def next_best(probs, valid, k, c, normalize=False):
-    """One token after the other takes its k best experts that have room."""
+    """Assigns each token, in order, to its k best experts with empty slots."""
     t, e = probs.shape
     slots = [[] for _ in range(e)]
     for token in range(t):
         if not valid[token]:
             continue
-        open_ = [i for i in best(probs[token], e) if len(slots[i]) < c][:k]
-        total = sum(probs[token][i] for i in open_) if normalize else 1.0
-        for i in open_:
+        selected = [i for i in top_k(probs[token], e) if len(slots[i]) < c][:k]
+        total = sum(probs[token][i] for i in selected) if normalize else 1.0
+        for i in selected:
             slots[i].append((token, probs[token][i] / total))
     return slots
 
 
 def experts_choose(probs, valid, c):
+    """Expert-choice routing of one group; returns slots and counts."""
     t, e = probs.shape
     slots = []
     for expert in range(e):
         scores = [probs[token][expert] if valid[token] else -1 for token in range(t)]
-        taken = [token for token in best(scores, c) if valid[token]]
-        slots.append([(token, probs[token][expert]) for token in taken])
+        selected = [token for token in top_k(scores, c) if valid[token]]
+        slots.append([(token, probs[token][expert]) for token in selected])
     return slots, np.array([float(len(s)) for s in slots])
 
 
 def as_arrays(slots, c):
-    """Slots `[e][c]` of one group as token_index `[e, c]` and weight."""
+    """Converts the slots `[e][c]` of one group to arrays: token_index and weight."""
     index = np.full((len(slots), c), -1)
     weight = np.zeros((len(slots), c))
     for expert, row in enumerate(slots):
@@ -158,7 +176,7 @@ def feed_forward(x, weights, expert):
 
 
 def balance_loss(groups):
-    """Over groups: a list of probabilities, valid tokens and wanted counts."""
+    """Load-balancing loss of groups, tuples of probabilities, valid tokens, counts."""
     loss, tokens = 0.0, 0
     for p, v, n in groups:
         if not any(v):
@@ -170,23 +188,29 @@ def balance_loss(groups):
     return loss / max(tokens, 1)
 
 
-def moe(x, weights, *, factor, examples_per_group=1.0, mask=None, k=None, **how):
-    """A whole layer: `k=None` for experts choose.
+def moe(x, weights, *, factor, examples_per_group=1.0, mask=None, k=None, **options):
+    """A whole MoE layer.
 
     Args:
         x: `[b, s, h]`.
-        weights: kernel `[h, e]`, bias `[e]` of the gate, then the experts' four.
+        weights: kernel `[h, e]` and bias `[e]` of the gate, then the kernels and
+            biases of both layers of the experts.
+        factor: float, the capacity factor.
+        examples_per_group: as in `MoeLayer`.
+        mask: bool `[b, s]`, or `None`.
+        k: int, the number of experts per token, or `None` for expert choice.
+        **options: arguments of `tokens_choose`.
 
     Returns:
-        outputs `[b, s, h]`, and a dict of the metrics.
+        Outputs `[b, s, h]`, and a dict of the metrics.
     """
     x = np.asarray(x, "float64")
     kernel, bias, *experts = (np.asarray(w, "float64") for w in weights)
     mask = np.ones(x.shape[:2], bool) if mask is None else mask
     c = capacity(group_size(x.shape, examples_per_group), len(bias), factor)
     outputs = np.zeros_like(x)
-    seen = []
-    squares, served, filled, confidence, slot_count = [], 0, 0, 0.0, 0
+    groups_seen = []
+    squares, routed, filled, confidence, slot_count = [], 0, 0, 0.0, 0
     for tokens in groups(x, mask, examples_per_group):
         valid = [mask[token] for token in tokens]
         rows = np.stack([x[token] for token in tokens])
@@ -196,23 +220,23 @@ def moe(x, weights, *, factor, examples_per_group=1.0, mask=None, k=None, **how)
         if k is None:
             slots, counts = experts_choose(probs, valid, c)
         else:
-            slots, counts = tokens_choose(probs, valid, k, c, **how)
+            slots, counts = tokens_choose(probs, valid, k, c, **options)
         for expert, row in enumerate(slots):
             for token, weight in row:
                 result = feed_forward(rows[token], experts, expert)
                 outputs[tokens[token]] += weight * result
-        seen.append((probs, valid, counts))
+        groups_seen.append((probs, valid, counts))
         log_z = np.log(np.exp(logits).sum(-1))
         squares += [z**2 for z, ok in zip(log_z, valid, strict=True) if ok]
-        served += len({token for row in slots for token, _ in row})
+        routed += len({token for row in slots for token, _ in row})
         filled += sum(len(row) for row in slots)
         confidence += sum(weight for row in slots for _, weight in row)
         slot_count += len(bias) * c
     tokens = max(len(squares), 1)
     return outputs, {
         "unscaled_router_z_loss": sum(squares) / tokens,
-        "load_balancing_loss": 0.0 if k is None else balance_loss(seen),
-        "fraction_tokens_left_behind": (len(squares) - served) / tokens,
+        "load_balancing_loss": 0.0 if k is None else balance_loss(groups_seen),
+        "fraction_tokens_left_behind": (len(squares) - routed) / tokens,
         "router_confidence": confidence / max(filled, 1),
         "expert_usage": filled / slot_count,
     }

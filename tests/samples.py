@@ -1,4 +1,4 @@
-"""Layers and inputs that many tests use."""
+"""Routers and inputs that many tests share."""
 
 from keras import ops
 
@@ -11,7 +11,7 @@ from keras_moe import (
 
 E, H, F = 4, 6, 10
 
-# Each router, with each of its options.
+# Every router class, and every option of a router.
 ROUTERS = {
     "switch": lambda: MaskedRouter(E, jitter_noise=0.1, noise_std=0.1),
     "token": lambda: MaskedRouter(E, num_selected_experts=2, priority="token"),
@@ -46,5 +46,5 @@ def numpy_call(layer, x, **kwargs):
 
 
 def prefer_first(shape, dtype=None):
-    """An initializer of a gate's bias with which every token selects expert 0."""
+    """Initializer of a gate's bias that makes every token select expert 0."""
     return ops.cast(ops.arange(shape[0]) == 0, dtype) * 100.0

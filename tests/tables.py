@@ -1,4 +1,4 @@
-"""Random tables of probabilities, and `Slots` held against the oracle's."""
+"""Random tables of probabilities, and a comparison of `Slots` with the oracle."""
 
 import numpy as np
 import oracle
@@ -6,7 +6,7 @@ from keras import ops
 
 
 def random_tables(rng, ties):
-    """Probabilities `[g, t, e]`, 0 for masked tokens, and who is valid."""
+    """Returns probabilities `[g, t, e]`, 0 for masked tokens, and the valid tokens."""
     g, t, e = 3, 13, 6
     probs = oracle.softmax(rng.normal(size=(g, t, e)))
     if ties:
@@ -20,8 +20,8 @@ def check_slots(slots, expected, c, rtol=1e-5):
     """Compares `Slots` with the oracle's slots and counts of each group."""
     slots = type(slots)(*(ops.convert_to_numpy(part) for part in slots))
     assert len(slots.token_index) == len(expected)
-    for i, (of_group, counts) in enumerate(expected):
-        index, weight = oracle.as_arrays(of_group, c)
+    for i, (group_slots, counts) in enumerate(expected):
+        index, weight = oracle.as_arrays(group_slots, c)
         load = counts / max(counts.sum(), 1)
         np.testing.assert_array_equal(slots.token_index[i], index)
         np.testing.assert_allclose(slots.weight[i], weight, rtol=rtol)

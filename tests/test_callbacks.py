@@ -18,7 +18,7 @@ from keras_moe.callbacks import RoutingMonitor
 
 E, F, H, T = 4, 8, 6, 12
 
-# These models drop tokens, on purpose, and RoutingMonitor says so.
+# RoutingMonitor warns that these models drop tokens.
 pytestmark = pytest.mark.filterwarnings("ignore:.* drops ")
 
 
@@ -40,8 +40,8 @@ def x(rng):
     return rng.normal(size=(8, T, H)).astype("float32")
 
 
-def frozen(model):
-    """Compiled so that training leaves the weights: each step routes alike."""
+def compile_frozen(model):
+    """Compiles a model with a learning rate of 0: each step has the same routing."""
     model.compile(keras.optimizers.SGD(0.0), "mse")
     return model
 
@@ -74,13 +74,13 @@ MODELS = {
         pytest.param("subclassed", marks=pytest.mark.thorough),
     ],
 )
-def test_figures_are_those_of_the_routing(kind, x):
-    model = frozen(MODELS[kind]())
+def test_records_match_the_routing(kind, x):
+    model = compile_frozen(MODELS[kind]())
     monitor = RoutingMonitor()
     model.fit(
         x[:6],
         x[:6],
-        batch_size=4,  # The second batch is a partial one.
+        batch_size=4,  # The second batch is partial.
         epochs=2,
         validation_data=(x[6:], x[6:]),
         callbacks=[monitor],
@@ -94,15 +94,15 @@ def test_figures_are_those_of_the_routing(kind, x):
     for record, data in zip(monitor.history, (x[:6], x[6:]) * 2, strict=True):
         load = expected_load(layer, data, training=record["phase"] == "train")
         np.testing.assert_allclose(record["load"], load, atol=1e-6)
-        of_groups = layer.route(data, training=record["phase"] == "train").load
-        largest = ops.convert_to_numpy(of_groups).max(axis=-1).mean()
+        group_loads = layer.route(data, training=record["phase"] == "train").load
+        largest = ops.convert_to_numpy(group_loads).max(axis=-1).mean()
         assert record["max_load"] == pytest.approx(E * largest, rel=1e-5)
         assert record["min_load"] == pytest.approx(E * load.min(), rel=1e-5)
         entropy = -np.sum(load[load > 0] * np.log(load[load > 0])) / np.log(E)
         assert record["load_entropy"] == pytest.approx(entropy, rel=1e-5)
         routing = layer.route(data)
-        served = ops.convert_to_numpy(routing.slots_per_token) > 0
-        assert record["left_behind"] == pytest.approx(1 - served.mean(), abs=1e-6)
+        is_routed = ops.convert_to_numpy(routing.slots_per_token) > 0
+        assert record["left_behind"] == pytest.approx(1 - is_routed.mean(), abs=1e-6)
         _, logits = layer.router.router_weights(data, return_logits=True)
         logits = ops.convert_to_numpy(logits).astype("float64")
         z_loss = np.mean(np.log(np.exp(logits).sum(axis=-1)) ** 2)
@@ -110,7 +110,7 @@ def test_figures_are_those_of_the_routing(kind, x):
         assert record["layer"] == layer.path
 
 
-def test_the_logs_of_other_callbacks(x, tmp_path):
+def test_other_callbacks_receive_the_logs(x, tmp_path):
     model = functional(make_moe(export_metrics=()), (T, H))
     model.compile("sgd", "mse")
     logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
@@ -125,7 +125,7 @@ def test_the_logs_of_other_callbacks(x, tmp_path):
         callbacks=[RoutingMonitor(), logger, stop],
         verbose=0,
     ).history
-    # Stopped as soon as it may: no load is below 0.5.
+    # Training stops as early as possible, since no load is below 0.5.
     assert len(history["moe/max_load"]) == 2
     assert {"moe/left_behind", "val_moe/load_entropy", "moe/dead_experts"} <= set(
         history
@@ -135,8 +135,8 @@ def test_the_logs_of_other_callbacks(x, tmp_path):
     assert float(row["moe/max_load"]) == pytest.approx(history["moe/max_load"][0])
 
 
-def test_every_few_batches(x):
-    model = frozen(MODELS["functional"]())
+def test_records_every_few_batches(x):
+    model = compile_frozen(MODELS["functional"]())
     monitor = RoutingMonitor(every=2)
     model.fit(
         x, x, batch_size=1, epochs=2, callbacks=[monitor], shuffle=False, verbose=0
@@ -151,10 +151,10 @@ def test_every_few_batches(x):
         np.testing.assert_allclose(record["load"], load, atol=1e-5)
 
 
-def test_evaluate_alone(x):
-    model = frozen(MODELS["functional"]())
+def test_evaluate_without_fit(x):
+    model = compile_frozen(MODELS["functional"]())
     monitor = RoutingMonitor()
-    model.predict(x, verbose=0)  # Leaves no trace.
+    model.predict(x, verbose=0)  # Adds no records.
     model.evaluate(x, x, callbacks=[monitor], verbose=0)
     (record,) = monitor.history
     assert (record["phase"], record["epoch"]) == ("test", None)
@@ -162,42 +162,42 @@ def test_evaluate_alone(x):
     np.testing.assert_allclose(record["load"], load, atol=1e-6)
 
 
-def test_collapse_is_named(x):
+def test_collapse_gives_a_warning(x):
     moe = make_moe("mixture")
     model = functional(moe, (T, H))
     moe.router.router_weights.bias.assign([0.0, 0.0, 50.0, 0.0])
     monitor = RoutingMonitor()
-    frozen(model)
+    compile_frozen(model)
     with pytest.warns(UserWarning, match=r"mixture has collapsed.*\[2\] have 100%"):
         model.fit(x, x, callbacks=[monitor], verbose=0)
     (record,) = monitor.history
     assert record["dead_experts"] == 3
     assert record["overloaded_experts"] == 1
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # Once is enough.
+        warnings.simplefilter("error", UserWarning)  # The warning is given once.
         model.fit(x, x, callbacks=[monitor], verbose=0)
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_balance_is_no_collapse(k, x):
-    model = frozen(functional(make_moe(k=k, factor=2.0), (T, H)))
+def test_balanced_routing_gives_no_warning(k, x):
+    model = compile_frozen(functional(make_moe(k=k, factor=2.0), (T, H)))
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model.fit(x, x, callbacks=[RoutingMonitor()], verbose=0)
 
 
-def test_two_levels(x):
+def test_hierarchical_layers(x):
     outer, inner = (Top2MaskedRouter(2, name=name) for name in ("outer", "inner"))
     layer = HierarchicalMoeLayer(FeedForwardExperts(E, F), outer, inner, name="deep")
     monitor = RoutingMonitor()
-    frozen(functional(layer, (T, H))).fit(x, x, callbacks=[monitor], verbose=0)
+    compile_frozen(functional(layer, (T, H))).fit(x, x, callbacks=[monitor], verbose=0)
     assert [r["layer"] for r in monitor.history] == ["deep/outer", "deep/inner"]
     for record in monitor.history:
         assert record["load"].sum() == pytest.approx(1.0)
 
 
-def test_the_table(x, tmp_path):
-    model = frozen(MODELS["functional"]())
+def test_to_csv(x, tmp_path):
+    model = compile_frozen(MODELS["functional"]())
     monitor = RoutingMonitor()
     model.fit(x, x, epochs=2, callbacks=[monitor], verbose=0)
     monitor.to_csv(tmp_path / "routing.csv")
@@ -208,18 +208,18 @@ def test_the_table(x, tmp_path):
     np.testing.assert_allclose(found, monitor.history[1]["load"], rtol=1e-6)
 
 
-def test_nothing_to_monitor(x):
+def test_models_without_routers_to_monitor(x):
     for model in (
         functional(make_moe(export_metrics=False), (T, H)),
         functional(keras.layers.Dense(H), (T, H)),
     ):
         with pytest.raises(ValueError, match="no router to monitor"):
-            frozen(model).fit(x, x, callbacks=[RoutingMonitor()], verbose=0)
+            compile_frozen(model).fit(x, x, callbacks=[RoutingMonitor()], verbose=0)
 
 
-def test_dropped_tokens_are_named(x):
+def test_dropped_tokens_give_a_warning(x):
     moe = make_moe("mixture", factor=1.0)
-    model = frozen(functional(moe, (T, H)))
+    model = compile_frozen(functional(moe, (T, H)))
     moe.router.router_weights.bias.assign([0.0, 0.0, 3.0, 0.0])
     monitor = RoutingMonitor(collapsed_below=0.0)
     with warnings.catch_warnings(record=True) as caught:
@@ -236,10 +236,10 @@ def test_dropped_tokens_are_named(x):
     assert "(validation)" in messages[1] and "`eval_capacity_factor`" in messages[1]
 
 
-def test_the_largest_load_is_that_of_groups(x):
-    """Each group prefers an expert of its own: balanced together, not one by one."""
+def test_max_load_is_the_mean_over_groups(x):
+    """Each group selects one expert: the batch is balanced, but the groups are not."""
     moe = make_moe(factor=None, k=1)
-    model = frozen(functional(moe, (T, H)))
+    model = compile_frozen(functional(moe, (T, H)))
     kernel = np.zeros((H, E), "float32")
     kernel[:E] = 9 * np.eye(E)
     moe.router.router_weights.kernel.assign(kernel)
@@ -252,9 +252,9 @@ def test_the_largest_load_is_that_of_groups(x):
     assert record["min_load"] == pytest.approx(1)
 
 
-def test_a_phase_without_records_is_named(x):
+def test_plotting_a_phase_without_records_is_an_error(x):
     monitor = RoutingMonitor()
-    frozen(MODELS["functional"]()).fit(x, x, callbacks=[monitor], verbose=0)
+    compile_frozen(MODELS["functional"]()).fit(x, x, callbacks=[monitor], verbose=0)
     assert monitor.plot().axes
     with pytest.raises(ValueError, match=r"phase 'test'.*`evaluate`.*\['train'\]"):
         monitor.plot("test")

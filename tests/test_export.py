@@ -1,4 +1,4 @@
-"""Models that leave Keras: SavedModel, ONNX, and decoding token by token."""
+"""Export to SavedModel and ONNX, and autoregressive decoding."""
 
 import subprocess
 import sys
@@ -14,7 +14,7 @@ E, F, H, T, ALPHABET = 4, 8, 6, 12, 11
 BACKEND = keras.backend.backend()
 FACTORS = [2.0, None]
 
-# TensorFlow loads Keras where it finds it: here it does not.
+# TensorFlow imports Keras if it is installed, so the program prevents this import.
 SERVE = """
 import sys
 sys.modules["keras"] = sys.modules["keras_moe"] = None
@@ -46,7 +46,7 @@ def make_model(factors=FACTORS, length=T):
 
 
 def check_served(model, data, folder):
-    """A process without Keras answers as the model does."""
+    """A process without Keras computes the outputs of the model."""
     model.export(folder / "served", verbose=False)
     np.savez(folder / "data.npz", **data)
     command = [sys.executable, "-c", SERVE]
@@ -59,7 +59,7 @@ def check_served(model, data, folder):
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel there")
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel on PyTorch")
 def test_saved_model_of_any_batch_size(rng, tmp_path):
     data = {
         f"of_{n}": rng.normal(size=(n, T, H)).astype("float32") for n in (1, 3, 4, 9)
@@ -68,14 +68,14 @@ def test_saved_model_of_any_batch_size(rng, tmp_path):
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras needs a known length there")
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="others need known lengths")
 def test_saved_model_of_any_length(rng, tmp_path):
     data = {f"of_{n}": rng.normal(size=(2, n, H)).astype("float32") for n in (1, 5, 30)}
     check_served(make_model(length=None), data, tmp_path)
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(BACKEND != "torch", reason="ONNX is PyTorch's")
+@pytest.mark.skipif(BACKEND != "torch", reason="ONNX is exported on PyTorch only")
 def test_onnx(rng, tmp_path):
     import onnxruntime
 
@@ -91,7 +91,7 @@ def test_onnx(rng, tmp_path):
 
 
 class CachedAttention(keras.layers.Layer):
-    """Causal attention that carries the keys and values of `[b, T]` along."""
+    """Causal attention with a cache of the keys and values of `T` positions."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -102,21 +102,22 @@ class CachedAttention(keras.layers.Layer):
 
     def call(self, inputs, cache, position):
         query, key, value = ops.split(self.project(inputs), 3, axis=-1)
-        places = ops.arange(T)
-        # [b, t]: where in the sequence the inputs stand.
-        now = position + ops.arange(inputs.shape[1])
-        is_now = ops.cast(now[:, :, None] == places, cache.dtype)
+        positions = ops.arange(T)
+        # [b, t]: the positions of the inputs in the sequence.
+        input_positions = position + ops.arange(inputs.shape[1])
+        one_hot = ops.cast(input_positions[:, :, None] == positions, cache.dtype)
         cache = cache + ops.einsum(
-            "bsh,bst->bth", ops.concatenate([key, value], axis=-1), is_now
+            "bsh,bst->bth", ops.concatenate([key, value], axis=-1), one_hot
         )
         key, value = ops.split(cache, 2, axis=-1)
         scores = ops.einsum("bsh,bth->bst", query, key)
-        scores = ops.where(places <= now[:, :, None], scores, -1e9)
+        is_earlier = positions <= input_positions[:, :, None]
+        scores = ops.where(is_earlier, scores, -1e9)
         return ops.einsum("bst,bth->bsh", ops.softmax(scores), value), cache
 
 
 class Recurrent(keras.layers.Layer):
-    """A GRU, with its state where the attention has a cache."""
+    """A GRU, with its state in place of the cache."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -133,8 +134,8 @@ class Recurrent(keras.layers.Layer):
     ("mixer", "state_shape"),
     [(Recurrent, (H,)), (CachedAttention, (T, 2 * H))],
 )
-def test_decoding_token_by_token(mixer, state_shape, rng):
-    """Layers that carry a state along: the answers of the whole sequence."""
+def test_autoregressive_decoding(mixer, state_shape, rng):
+    """Decoding with a cache or a state gives the logits of the whole sequence."""
     embedding = keras.layers.Embedding(ALPHABET, H, embeddings_initializer="he_normal")
     mixer = mixer()
     moe = keras_moe.MoeLayer(
@@ -152,9 +153,9 @@ def test_decoding_token_by_token(mixer, state_shape, rng):
         state = keras.Input(state_shape)
         position = keras.Input((1,), dtype="int32")
         x = embedding(tokens)
-        mixed, after = mixer(x, state, position)
+        mixed, new_state = mixer(x, state, position)
         x = x + mixed
-        return keras.Model([tokens, state, position], [head(x + moe(x)), after])
+        return keras.Model([tokens, state, position], [head(x + moe(x)), new_state])
 
     sequence = rng.integers(ALPHABET, size=(3, T)).astype("int32")
     start = np.zeros((3, *state_shape), "float32")

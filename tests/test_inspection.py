@@ -20,7 +20,7 @@ from keras_moe.inspection import expected_drops, layer_cost
 from keras_moe.routing import assign_slots, top_k
 
 E, F, H, T = 4, 8, 6, 16
-OF_AN_EXPERT = 2 * H * F + F + H
+EXPERT = 2 * H * F + F + H
 GATE = (H + 1) * E
 
 
@@ -40,28 +40,28 @@ def built(layer):
 
 
 @pytest.mark.parametrize("factor", [1.0, None])
-def test_cost_where_tokens_choose(factor):
+def test_cost_of_token_choice(factor):
     found = layer_cost(built(make_moe(k=2, factor=factor)), T)
-    assert found["parameters"] == GATE + E * OF_AN_EXPERT
-    assert found["active_parameters"] == GATE + 2 * OF_AN_EXPERT
-    # Twice 1 times 16 tokens over 4 experts; each slot is computed.
+    assert found["parameters"] == GATE + E * EXPERT
+    assert found["active_parameters"] == GATE + 2 * EXPERT
+    # The capacity factor is 2 in evaluation: 2 · 16 / 4 slots, which are all computed.
     assert found["eval_capacity"] == (None if factor is None else 8)
     assert found["train_capacity"] == (None if factor is None else 4)
-    assert found["flops_per_token"] == 2 * (GATE + 2 * OF_AN_EXPERT)
+    assert found["flops_per_token"] == 2 * (GATE + 2 * EXPERT)
     if factor is None:
         assert found["train_drops"] is found["eval_drops"] is None
     else:
         assert found["train_drops"] == expected_drops(T, E, 2, 4) > 0.4
 
 
-def test_cost_where_experts_choose():
+def test_cost_of_expert_choice():
     router = ExpertsChooseMaskedRouter(E)
     found = layer_cost(built(make_moe(router=router)), T)
-    assert found["active_parameters"] == GATE + 2 * OF_AN_EXPERT
+    assert found["active_parameters"] == GATE + 2 * EXPERT
     assert found["train_drops"] is None
 
 
-def test_cost_of_two_levels_and_of_mixtures():
+def test_cost_of_hierarchical_and_soft_layers():
     outer, inner = (Top2MaskedRouter(2, name=name) for name in ("outer", "inner"))
     layer = HierarchicalMoeLayer(
         FeedForwardExperts(E, F),
@@ -71,21 +71,22 @@ def test_cost_of_two_levels_and_of_mixtures():
         min_expert_capacity=1,
     )
     found = layer_cost(built(layer), T)
-    assert found["eval_capacity"] == 4  # 8 slots of 16 tokens; 4 slots of these 8.
+    # 8 outer slots for 16 tokens, and 4 inner slots for these 8.
+    assert found["eval_capacity"] == 4
     gates = 3 * (H * 2 + 2)
-    assert found["active_parameters"] == gates + 3 * OF_AN_EXPERT
+    assert found["active_parameters"] == gates + 3 * EXPERT
     soft = built(SoftMoeLayer(FeedForwardExperts(E, F), slots_per_expert=2))
     found = layer_cost(soft, T)
     assert found["eval_capacity"] == 2
     assert found["active_parameters"] == found["parameters"]
     slots = H * E * 2 + 1
-    assert found["flops_per_token"] == 2 * (slots + OF_AN_EXPERT * 8 // T)
+    assert found["flops_per_token"] == 2 * (slots + EXPERT * 8 // T)
 
 
 @pytest.mark.parametrize(
     ("tokens", "k", "capacity"), [(16, 1, 4), (16, 2, 5), (64, 1, 20), (7, 4, 5)]
 )
-def test_expected_drops_are_those_of_random_choices(tokens, k, capacity, rng):
+def test_expected_drops_match_random_choices(tokens, k, capacity, rng):
     scores = rng.random((20_000, tokens, E))
     chosen = scores.argsort(axis=-1) < k
     dropped = np.maximum(chosen.sum(axis=1) - capacity, 0).sum(axis=-1)
@@ -94,11 +95,11 @@ def test_expected_drops_are_those_of_random_choices(tokens, k, capacity, rng):
     assert found == pytest.approx(expected, rel=0.05, abs=2e-4)
 
 
-def test_nothing_drops_where_there_is_room():
+def test_expected_drops_are_0_with_enough_capacity():
     assert expected_drops(16, E, 1, 16) == 0
 
 
-def test_a_summary():
+def test_summary():
     inputs = keras.Input((T, H))
     outputs = make_moe(k=2, name="first")(inputs)
     outputs = make_moe(factor=None, name="second")(outputs)
@@ -107,17 +108,17 @@ def test_a_summary():
     summary(model, T, print_fn=lines.append)
     assert len(lines) == 4
     assert lines[0].split()[:3] == ["layer", "experts", "k"]
-    active = GATE + 2 * OF_AN_EXPERT
-    expected = ["first", "4", "2", f"{GATE + 4 * OF_AN_EXPERT}", f"{active}"]
+    active = GATE + 2 * EXPERT
+    expected = ["first", "4", "2", f"{GATE + 4 * EXPERT}", f"{active}"]
     expected += [f"{2 * active:,}", "4"]
     assert lines[1].split()[:7] == expected
     assert lines[2].split()[6:] == ["no", "limit", "-", "no", "limit", "-"]
-    meets = active + GATE + OF_AN_EXPERT + 3 * H + 3
-    total = 2 * (GATE + 4 * OF_AN_EXPERT) + 3 * H + 3
-    assert lines[3] == f"mine: {total:,} parameters, {meets:,} active per token."
+    total_active = active + GATE + EXPERT + 3 * H + 3
+    total = 2 * (GATE + 4 * EXPERT) + 3 * H + 3
+    assert lines[3] == f"mine: {total:,} parameters, {total_active:,} active per token."
 
 
-def test_nothing_to_sum_up():
+def test_models_without_a_summary():
     with pytest.raises(ValueError, match="must be built and have"):
         summary(functional(keras.layers.Dense(3), (T, H)), T)
     with pytest.raises(ValueError, match="must be built"):
@@ -126,7 +127,7 @@ def test_nothing_to_sum_up():
         route(make_moe(), np.zeros((1, T, H)))
 
 
-def test_the_group_size_of_the_built_shape_is_the_default():
+def test_the_default_group_size_is_that_of_the_built_shape():
     def lines(length, layer, **arguments):
         inputs = keras.Input((length, H))
         model = keras.Model(inputs, layer(inputs), name="mine")
@@ -141,7 +142,7 @@ def test_the_group_size_of_the_built_shape_is_the_default():
 
 
 class CustomRouter(Router):
-    """A dropless router that does not say how many experts a token has."""
+    """A dropless router without `experts_per_token`."""
 
     supports_dropless = True
 
@@ -155,12 +156,12 @@ def test_a_router_without_a_number_of_experts_per_token():
     model = keras.Model(inputs, layer(inputs), name="mine")
     lines = []
     summary(model, T, print_fn=lines.append)
-    parameters = GATE + E * OF_AN_EXPERT
+    parameters = GATE + E * EXPERT
     assert lines[1].split()[1:6] == ["4", "-", str(parameters), "-", "-"]
     assert lines[2] == f"mine: {parameters} parameters."
 
 
-def test_the_routing_of_each_layer_of_a_model(rng):
+def test_route_returns_the_routing_of_each_layer(rng):
     x = rng.normal(size=(3, T, H)).astype("float32")
     inputs = keras.Input((T, H))
     outputs = inputs + make_moe(k=2, name="first")(inputs)
@@ -178,9 +179,10 @@ def test_the_routing_of_each_layer_of_a_model(rng):
         ):
             np.testing.assert_array_equal(*map(keras.ops.convert_to_numpy, (a, b)))
         assert isinstance(routings["second"], Rows)
-    # Nothing has changed.
+    # Metrics and losses have not changed.
+    assert len(model.losses) == losses
     assert {m.name: float(m.result()) for m in first.metrics} == {
         f"first/{n}": pytest.approx(logs[f"first/{n}"]) for n in Router.metric_names
     }
     assert model.evaluate(x, x, verbose=0, return_dict=True) == logs
-    assert losses is not None and "compute_routing" not in vars(first)
+    assert "compute_routing" not in vars(first)

@@ -1,4 +1,4 @@
-"""Long training takes no more memory, and compiles no more programs, than short."""
+"""Memory and the number of compiled programs do not grow during training."""
 
 import gc
 import os
@@ -15,8 +15,8 @@ EPOCHS = 5
 BATCH_SIZES = 4, 1, 3, 7, 2
 
 
-class Calls(keras.layers.Layer):
-    """Counts how often it is called: where there is a compiler, traced."""
+class CallCounter(keras.layers.Layer):
+    """Counts its calls, which are traces if the backend compiles."""
 
     count = 0
 
@@ -26,7 +26,7 @@ class Calls(keras.layers.Layer):
 
 
 def megabytes():
-    """The memory that this process holds."""
+    """Returns the resident memory of this process."""
     gc.collect()
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -41,11 +41,11 @@ def batches():
 
 
 @pytest.mark.thorough
-@pytest.mark.filterwarnings("ignore:__array__")  # Each one is kept, in each step.
+@pytest.mark.filterwarnings("ignore:__array__")  # Each step stores one.
 @pytest.mark.skipif(not pathlib.Path("/proc/self/statm").exists(), reason="Linux only")
-def test_nothing_grows(record_property):
+def test_memory_and_traces_do_not_grow(record_property):
     inputs = keras.Input((6, 4))
-    calls = Calls()
+    calls = CallCounter()
     x = calls(inputs)
     for factor in (1.0, None):
         x += keras_moe.MoeLayer(
@@ -55,22 +55,22 @@ def test_nothing_grows(record_property):
         )(x)
     model = keras.Model(inputs, x)
     model.compile("adam", "mse")
-    held = []
+    measurements = []
 
-    class Held(keras.callbacks.Callback):
+    class Measure(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
-            held.append((megabytes(), calls.count))
+            measurements.append((megabytes(), calls.count))
 
     model.fit(
         batches(),
         steps_per_epoch=STEPS // EPOCHS,
         epochs=EPOCHS,
         verbose=0,
-        callbacks=[Held()],
+        callbacks=[Measure()],
     )
-    memory, traces = zip(*held, strict=True)
-    print(f"after each of {EPOCHS} times {STEPS // EPOCHS} steps: {held}")
-    record_property("memory and traces", held)
+    memory, traces = zip(*measurements, strict=True)
+    print(f"after each of {EPOCHS} times {STEPS // EPOCHS} steps: {measurements}")
+    record_property("memory and traces", measurements)
     assert memory[-1] - memory[0] < 10
     if keras.backend.backend() != "torch":
         assert traces[-1] == traces[0] <= 1 + 2 * len(BATCH_SIZES)

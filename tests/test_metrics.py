@@ -15,7 +15,7 @@ from keras_moe.routing.statistics import routing_statistics
 
 
 def test_routing_statistics_of_a_table():
-    # Four valid tokens and a masked one; token 3 is left behind.
+    # Four valid tokens and a masked one; token 3 is dropped.
     slots = Slots(
         token_index=np.array([[[0, 1], [1, -1], [2, -1]]], "int32"),
         weight=np.array([[[0.5, 0.3], [0.2, 0], [0.4, 0]]], "float32"),
@@ -52,8 +52,8 @@ def test_statistics_of_no_tokens_are_0():
 
 
 @keras.saving.register_keras_serializable(package="tests")
-class Watched(LayerMetrics, keras.layers.Layer):
-    """Reports the sum of its inputs, and with `twice` also its double."""
+class InputSum(LayerMetrics, keras.layers.Layer):
+    """Reports the sum of its inputs, and twice the sum if `twice` is true."""
 
     def __init__(self, twice=False, **kwargs):
         super().__init__(**kwargs)
@@ -78,7 +78,7 @@ def make_model(*layers, compiled=True, **arguments):
     return model
 
 
-# Batches of two rows with sums 10, 26 and 42.
+# Batches of two rows with sums 6, 22 and 38.
 X = np.arange(12, dtype="float32").reshape(6, 2) / 1.0
 SUMS = [X[:2].sum(), X[2:4].sum(), X[4:].sum()]
 ARGUMENTS = [{}, {"run_eagerly": True}, {"jit_compile": True}]
@@ -88,7 +88,7 @@ if keras.backend.backend() == "torch":
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
 def test_the_history_holds_the_mean_over_batches(arguments):
-    model = make_model(Watched(name="a"), Watched(True, name="b"), **arguments)
+    model = make_model(InputSum(name="a"), InputSum(True, name="b"), **arguments)
     history = model.fit(
         X,
         X,
@@ -107,39 +107,39 @@ def test_the_history_holds_the_mean_over_batches(arguments):
 
 
 @pytest.mark.parametrize("arguments", ARGUMENTS)
-def test_values_are_live_in_train_on_batch(arguments):
-    model = make_model(Watched(name="a"), **arguments)
+def test_train_on_batch_returns_current_values(arguments):
+    model = make_model(InputSum(name="a"), **arguments)
     for i in range(3):
         batch = X[2 * i : 2 * i + 2]
         logs = model.train_on_batch(batch, batch, return_dict=True)
-        # Keras starts anew for each `train_on_batch`.
+        # Keras resets the metrics in each `train_on_batch`.
         assert logs["a/total"] == pytest.approx(SUMS[i])
     logs = model.test_on_batch(X[:2], X[:2], return_dict=True)
     assert logs["a/total"] == pytest.approx(SUMS[0])
 
 
-def test_values_are_live_in_the_progress_bar():
+def test_the_logs_of_a_batch_hold_current_values():
     seen = []
-    model = make_model(Watched(name="a"))
-    watch = keras.callbacks.LambdaCallback(
+    model = make_model(InputSum(name="a"))
+    callback = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append(float(logs["a/total"]))
     )
-    model.fit(X, X, batch_size=2, shuffle=False, verbose=0, callbacks=[watch])
+    model.fit(X, X, batch_size=2, shuffle=False, verbose=0, callbacks=[callback])
     assert seen == pytest.approx([np.mean(SUMS[: i + 1]) for i in range(3)])
 
 
 @pytest.mark.skipif(
     keras.backend.backend() == "torch",
-    reason="Keras's PyTorch trainer takes no steps_per_execution",
+    reason="Keras's PyTorch trainer does not support steps_per_execution",
 )
 def test_several_steps_per_execution():
-    model = make_model(Watched(name="a"), steps_per_execution=3)
+    model = make_model(InputSum(name="a"), steps_per_execution=3)
     history = model.fit(X, X, batch_size=2, epochs=2, shuffle=False, verbose=0).history
     assert history["a/total"] == pytest.approx([np.mean(SUMS)] * 2)
 
 
 def test_a_shared_layer_averages_over_its_calls():
-    layer = Watched(name="a")
+    layer = InputSum(name="a")
     a, b = keras.Input((2,)), keras.Input((2,))
     model = keras.Model([a, b], layer(a) + layer(b))
     model.compile("sgd", "mse")
@@ -147,10 +147,10 @@ def test_a_shared_layer_averages_over_its_calls():
     assert logs["a/total"] == pytest.approx(2 * X.sum())
 
 
-def test_nested_models_keep_their_layers_apart():
-    inner = make_model(Watched(name="a"), compiled=False)
+def test_layers_of_nested_models_have_separate_metrics():
+    inner = make_model(InputSum(name="a"), compiled=False)
     inputs = keras.Input((2,))
-    model = keras.Model(inputs, inner(Watched(name="b")(inputs)))
+    model = keras.Model(inputs, inner(InputSum(name="b")(inputs)))
     model.compile("sgd", "mse")
     logs = model.evaluate(X, X, batch_size=6, verbose=0, return_dict=True)
     assert logs["a/total"] == logs["b/total"] == pytest.approx(X.sum())
@@ -160,11 +160,11 @@ def test_a_subclassed_model():
     class Model(keras.Model):
         def __init__(self):
             super().__init__(name="model")
-            self.watched = Watched(name="a")
+            self.summed = InputSum(name="a")
             self.dense = keras.layers.Dense(2)
 
         def call(self, inputs):
-            return self.dense(self.watched(inputs))
+            return self.dense(self.summed(inputs))
 
     model = Model()
     model.compile("sgd", "mse")
@@ -173,23 +173,23 @@ def test_a_subclassed_model():
 
 
 def test_float64(float64):
-    model = make_model(Watched(name="a"))
+    model = make_model(InputSum(name="a"))
     history = model.fit(X, X, batch_size=2, shuffle=False, verbose=0).history
     assert history["a/total"] == pytest.approx([np.mean(SUMS)])
 
 
 @pytest.mark.parametrize("policy_name", ["mixed_bfloat16", "mixed_float16"])
-def test_counting_goes_on_in_low_precision(policy, policy_name):
+def test_counts_are_exact_in_low_precision(policy, policy_name):
     policy(policy_name)
-    model = make_model(Watched(name="a"))
+    model = make_model(InputSum(name="a"))
     x = np.ones((600, 2), "float32")
     model.compile("sgd", "mse")
     history = model.fit(x, x, batch_size=2, verbose=0).history
     assert history["a/total"] == pytest.approx([4.0])
 
 
-def test_the_state_is_no_weight(tmp_path):
-    layer = Watched(name="a")
+def test_the_state_is_not_a_weight(tmp_path):
+    layer = InputSum(name="a")
     model = make_model(layer)
     model.fit(X, X, verbose=0)
     assert layer.weights == [] and layer.count_params() == 0
@@ -203,8 +203,8 @@ def test_the_state_is_no_weight(tmp_path):
     plain.load_weights(tmp_path / "model.weights.h5")
 
 
-def test_a_model_s_state_as_a_tree():
-    """With several routers, if each has a name of its own."""
+def test_the_state_tree_of_a_model():
+    """Works with several routers if their names differ."""
     inputs = x = keras.Input((8, 4))
     for name in ("a", "b"):
         router = MaskedRouter(3, name=f"{name}_router")
@@ -216,8 +216,8 @@ def test_a_model_s_state_as_a_tree():
     model.set_state_tree(tree)
 
 
-def test_loaded_and_cloned_models_report_alike(tmp_path):
-    model = make_model(Watched(name="a"), Watched(name="b"))
+def test_loaded_and_cloned_models_report_the_same(tmp_path):
+    model = make_model(InputSum(name="a"), InputSum(name="b"))
     model.fit(X, X, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -228,13 +228,13 @@ def test_loaded_and_cloned_models_report_alike(tmp_path):
         assert logs["a/total"] == logs["b/total"] == pytest.approx(X.sum())
 
 
-def test_a_nan_spoils_only_its_own_metric():
-    class Spoilt(LayerMetrics, keras.layers.Layer):
+def test_a_nan_does_not_affect_other_metrics():
+    class WithNan(LayerMetrics, keras.layers.Layer):
         def call(self, inputs):
             self.add_metrics({"nan": ops.sum(inputs) * float("nan"), "one": 1.0})
             return inputs
 
-    model = make_model(Spoilt(name="a"))
+    model = make_model(WithNan(name="a"))
     logs = model.evaluate(X, X, verbose=0, return_dict=True)
     assert np.isnan(logs["a/nan"]) and logs["a/one"] == 1
     model.reset_metrics()
@@ -242,23 +242,23 @@ def test_a_nan_spoils_only_its_own_metric():
 
 
 def test_one_metric_can_be_reset_alone():
-    layer = Watched(True, name="a")
+    layer = InputSum(True, name="a")
     layer(X)
     layer.metrics[0].reset_state()
     assert [float(m.result()) for m in layer.metrics] == [0, 2 * X.sum()]
 
 
-def test_stateless_call_leaves_the_layer_as_it_was():
+def test_stateless_call_does_not_change_the_layer():
     if keras.backend.backend() != "jax":
-        pytest.skip("stateless_call is JAX's way to call a layer")
-    layer = Watched(name="a")
+        pytest.skip("stateless_call is for JAX")
+    layer = InputSum(name="a")
     layer.build((None, 2))
     _, variables = layer.stateless_call([], layer.non_trainable_variables, X)
     assert float(variables[0][0, 0]) == pytest.approx(X.sum())
     assert float(layer.variables[0][0, 0]) == 0
 
 
-def test_room_for_one_more_than_there_is():
+def test_too_many_metrics_are_an_error():
     class Many(LayerMetrics, keras.layers.Layer):
         def call(self, inputs):
             for i in range(33):
@@ -269,8 +269,8 @@ def test_room_for_one_more_than_there_is():
         Many()(X)
 
 
-def test_views_are_not_updated_by_hand():
-    layer = Watched(name="a")
+def test_metrics_cannot_be_updated_directly():
+    layer = InputSum(name="a")
     layer(X)
     with pytest.raises(NotImplementedError, match="`add_metric`"):
         layer.metrics[0].update_state(1.0)
@@ -279,10 +279,10 @@ def test_views_are_not_updated_by_hand():
 @pytest.mark.parametrize("value", [1, "name", (1, 2), None])
 def test_bad_export_metrics(value):
     with pytest.raises(TypeError, match="`export_metrics` must be"):
-        Watched(export_metrics=value)
+        InputSum(export_metrics=value)
 
 
-def test_a_model_with_metrics_of_its_own():
+def test_models_with_layer_metrics():
     class Functional(LayerMetrics, keras.Model):
         def __init__(self):
             inputs = keras.Input((2,))
@@ -304,15 +304,15 @@ def test_a_model_with_metrics_of_its_own():
     assert logs["mine/total"] == pytest.approx(X.sum())
 
 
-def test_a_symbolic_call_leaves_the_values_alone():
-    layer = Watched(name="a")
+def test_a_symbolic_call_does_not_change_the_values():
+    layer = InputSum(name="a")
     layer(X)
     layer(keras.Input((2,)))
     assert float(layer.metrics[0].result()) == pytest.approx(X.sum())
 
 
 def test_bad_metrics():
-    layer = Watched(name="a")
+    layer = InputSum(name="a")
     with pytest.raises(ValueError, match=r"must be a scalar.*'vector'"):
         layer.add_metric(X, "vector")
     with pytest.raises(TypeError, match="name of a metric must be a string"):

@@ -1,4 +1,4 @@
-"""What the presets are, and that they train and are saved."""
+"""The settings of the presets, training, and saving."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ from keras_moe import (
 
 E, H, F = 16, 6, 5
 
-# What each preset is in its paper: router, k, factors, gated, activation.
+# The settings of each paper: router, k, capacity factors, gated, activation.
 TABLE = {
     "switch": (MaskedRouter, 1, (1.25, 2.0), False, "relu"),
     "gshard": (Top2MaskedRouter, None, (2.0, 2.0), False, "relu"),
@@ -37,7 +37,7 @@ def make(preset, **kwargs):
 
 
 @each_preset
-def test_a_preset_is_its_paper_s_choices(name):
+def test_presets_have_the_settings_of_their_papers(name):
     layer = make(name)
     router, k, factors, gated, activation = TABLE[name]
     assert type(layer) is MoeLayer
@@ -61,21 +61,21 @@ def test_arguments_of_the_router_and_of_the_experts(name):
     assert layer.experts.activation is keras.activations.tanh
 
 
-# The others differ in arguments, which the tests of layers and routers try.
+# The others differ only in arguments, which the tests of layers and routers cover.
 @pytest.mark.parametrize("name", ["deepseek_v3", "qwen2_moe"])
-def test_files_and_steps(name, tmp_path):
+def test_training_and_saving(name, tmp_path):
     check_file(lambda: make(name), (12, H), tmp_path / "model.keras")
 
 
 @each_preset
-def test_what_is_given_comes_first(name):
+def test_arguments_override_the_preset(name):
     layer = make(name, train_capacity_factor=9.0, examples_per_group=None, name="mine")
     assert layer.train_capacity_factor == 9.0
     assert layer.examples_per_group is None
     assert layer.name == "mine"
 
 
-def test_the_dtype_is_everybody_s():
+def test_the_dtype_applies_to_all_parts():
     layer = make("mixtral", dtype="mixed_bfloat16")
     x = np.random.default_rng(0).normal(size=(2, 12, H)).astype("float32")
     assert keras.backend.standardize_dtype(layer(x).dtype) == "bfloat16"
@@ -83,17 +83,17 @@ def test_the_dtype_is_everybody_s():
     check_step(functional(layer, (12, H)), x)
 
 
-def test_mixtral_by_hand(rng):
+def test_mixtral_matches_a_loop(rng):
     x = rng.normal(size=(2, 5, H)).astype("float32")
     layer = presets.mixtral(E, F)
     found = ops.convert_to_numpy(layer(x))
     w = {w.path.split("/", 1)[1]: w.numpy() for w in layer.weights}
     logits = x @ w["router/router_weights/kernel"]
     for i, j in np.ndindex(2, 5):
-        best = np.argsort(-logits[i, j])[:2]
-        share = np.exp(logits[i, j][best])
+        selected = np.argsort(-logits[i, j])[:2]
+        exps = np.exp(logits[i, j][selected])
         expected = 0
-        for expert, weight in zip(best, share / share.sum(), strict=True):
+        for expert, weight in zip(selected, exps / exps.sum(), strict=True):
             gate = x[i, j] @ w["experts/gate/kernel"][expert]
             inner = x[i, j] @ w["experts/intermediate/kernel"][expert]
             inner = gate / (1 + np.exp(-gate)) * inner
@@ -101,7 +101,7 @@ def test_mixtral_by_hand(rng):
         np.testing.assert_allclose(found[i, j], expected, atol=1e-6)
 
 
-def test_deepseek_groups_must_fit():
+def test_deepseek_experts_must_be_divisible_into_groups():
     with pytest.raises(ValueError, match="num_expert_groups"):
         presets.deepseek_v3(9, F)
 

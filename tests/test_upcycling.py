@@ -19,7 +19,7 @@ from keras_moe import (
 from keras_moe.utils.traversal import find_layers
 
 E, F, H, T = 4, 8, 6, 10
-NOTHING_DROPS = {"train_capacity_factor": None, "eval_capacity_factor": None}
+DROPLESS = {"train_capacity_factor": None, "eval_capacity_factor": None}
 
 
 def router(num_experts=E, **kwargs):
@@ -48,12 +48,12 @@ def trained_feed_forward(**kwargs):
 @pytest.mark.parametrize(
     ("dense", "arguments"),
     [
-        ({}, NOTHING_DROPS),
-        ({"gated": True, "use_bias": False, "activation": "silu"}, NOTHING_DROPS),
+        ({}, DROPLESS),
+        ({"gated": True, "use_bias": False, "activation": "silu"}, DROPLESS),
         ({}, {"train_capacity_factor": 4.0, "eval_capacity_factor": 4.0}),
     ],
 )
-def test_experts_that_are_copies_answer_alike(dense, arguments, x):
+def test_upcycling_preserves_the_outputs(dense, arguments, x):
     feed_forward = trained_feed_forward(**dense)
     layer = upcycle(feed_forward, router(), **arguments)
     assert layer.name == "ff"
@@ -63,10 +63,10 @@ def test_experts_that_are_copies_answer_alike(dense, arguments, x):
     )
 
 
-def test_noise_is_of_the_copies_kernels_alone(x):
+def test_noise_is_added_only_to_the_kernels(x):
     feed_forward = trained_feed_forward()
-    layer = upcycle(feed_forward, router(), noise=0.1, seed=0, **NOTHING_DROPS)
-    again = upcycle(feed_forward, router(), noise=0.1, seed=0, **NOTHING_DROPS)
+    layer = upcycle(feed_forward, router(), noise=0.1, seed=0, **DROPLESS)
+    again = upcycle(feed_forward, router(), noise=0.1, seed=0, **DROPLESS)
     for weight, same in zip(layer.experts.weights, again.experts.weights, strict=True):
         np.testing.assert_array_equal(*map(ops.convert_to_numpy, (weight, same)))
     dense = layer.experts.intermediate_layer
@@ -89,7 +89,7 @@ def test_two_dense_layers_are_upcycled(x):
             keras.layers.Dense(H, bias_initializer="random_normal"),
         ]
     )
-    layer = upcycle(dense.layers, router(), **NOTHING_DROPS)
+    layer = upcycle(dense.layers, router(), **DROPLESS)
     assert layer.name == dense.layers[0].name
     np.testing.assert_allclose(
         numpy_call(layer, x), dense.predict_on_batch(x), atol=1e-5
@@ -123,15 +123,15 @@ def dense_model():
 def test_a_whole_model_is_upcycled(layers, upcycled, x):
     model = dense_model()
     expected = model.predict_on_batch(x)
-    grown = upcycle_model(model, router, layers=layers)
-    assert sorted(moe.name for moe in find_layers(grown, MoeLayer)) == upcycled
-    np.testing.assert_allclose(grown.predict_on_batch(x), expected, atol=1e-5)
-    grown.compile("sgd", "mse")
-    history = grown.fit(x, expected, epochs=1, verbose=0).history
+    moe_model = upcycle_model(model, router, layers=layers)
+    assert sorted(moe.name for moe in find_layers(moe_model, MoeLayer)) == upcycled
+    np.testing.assert_allclose(moe_model.predict_on_batch(x), expected, atol=1e-5)
+    moe_model.compile("sgd", "mse")
+    history = moe_model.fit(x, expected, epochs=1, verbose=0).history
     assert {f"{name}/load_balancing_loss" for name in upcycled} < set(history)
-    paths = {weight.path for weight in grown.weights}
+    paths = {weight.path for weight in moe_model.weights}
     assert {f"{name}/experts/output/kernel" for name in upcycled} < paths
-    # The model itself has not changed.
+    # The original model has not changed.
     np.testing.assert_array_equal(model.predict_on_batch(x), expected)
 
 
@@ -186,7 +186,7 @@ def make_moe(make_router=router, name=None, **kwargs):
     layer = MoeLayer(
         FeedForwardExperts(E, F, bias_initializer="random_normal"),
         make_router(E, bias_initializer="random_normal", **kwargs),
-        **NOTHING_DROPS,
+        **DROPLESS,
         name=name,
     )
     layer.build((None, T, H))
@@ -220,10 +220,12 @@ def test_a_whole_model_is_pruned(x):
     )
 
 
-def test_experts_in_another_order_answer_alike(x):
+def test_reordered_experts_give_the_same_outputs(x):
     layer = make_moe(hidden_layers=E)
-    turned = select_experts(layer, [3, 1, 0, 2])
-    np.testing.assert_allclose(numpy_call(turned, x), numpy_call(layer, x), atol=1e-6)
+    reordered = select_experts(layer, [3, 1, 0, 2])
+    np.testing.assert_allclose(
+        numpy_call(reordered, x), numpy_call(layer, x), atol=1e-6
+    )
 
 
 def test_a_mask_selects_the_experts_that_are_true():
@@ -236,31 +238,33 @@ def test_a_mask_selects_the_experts_that_are_true():
             np.testing.assert_array_equal(a, b)
 
 
-def test_a_router_s_own_state_follows(x):
+def test_the_state_of_the_router_is_selected_as_well(x):
     layer = make_moe(
         lambda e, **kwargs: BiasBalancedMaskedRouter(
             e, num_selected_experts=2, **kwargs
         )
     )
     layer.router.expert_bias.assign([0.3, -0.2, 0.1, 0.0])
-    turned = select_experts(layer, [3, 1, 0, 2])
-    found = ops.convert_to_numpy(turned.router.expert_bias)
+    reordered = select_experts(layer, [3, 1, 0, 2])
+    found = ops.convert_to_numpy(reordered.router.expert_bias)
     np.testing.assert_allclose(found, [0.0, -0.2, 0.3, 0.1])
-    np.testing.assert_allclose(numpy_call(turned, x), numpy_call(layer, x), atol=1e-6)
+    np.testing.assert_allclose(
+        numpy_call(reordered, x), numpy_call(layer, x), atol=1e-6
+    )
 
 
-def test_more_experts(x):
-    """A copy has the kernel of its original, with noise of its own."""
+def test_experts_can_be_duplicated(x):
+    """A duplicated expert has the kernel of the original, with noise if requested."""
     layer = make_moe()
-    grown = select_experts(layer, [0, 1, 2, 3, 1])
+    larger = select_experts(layer, [0, 1, 2, 3, 1])
     np.testing.assert_array_equal(
-        ops.convert_to_numpy(grown.experts.intermediate_layer.kernel)[4],
+        ops.convert_to_numpy(larger.experts.intermediate_layer.kernel)[4],
         ops.convert_to_numpy(layer.experts.intermediate_layer.kernel)[1],
     )
-    parted = select_experts(layer, [0, 1, 2, 3, 1], noise=0.1, seed=0)
+    noisy = select_experts(layer, [0, 1, 2, 3, 1], noise=0.1, seed=0)
     for found, expected, axis in (
-        (parted.experts.output_layer.kernel, grown.experts.output_layer.kernel, 0),
-        (parted.router.router_weights.kernel, grown.router.router_weights.kernel, -1),
+        (noisy.experts.output_layer.kernel, larger.experts.output_layer.kernel, 0),
+        (noisy.router.router_weights.kernel, larger.router.router_weights.kernel, -1),
     ):
         found, expected = map(ops.convert_to_numpy, (found, expected))
         changed = [
@@ -268,12 +272,12 @@ def test_more_experts(x):
             for i in range(5)
         ]
         assert changed == [False, False, False, False, True]
-    model = functional(parted, (T, H))
+    model = functional(noisy, (T, H))
     model.compile("sgd", "mse")
     assert np.all(np.isfinite(model.train_on_batch(x, x)))
 
 
-def test_what_cannot_be_copied():
+def test_unsupported_arguments():
     with pytest.raises(TypeError, match=r"`feed_forward` must be.*Dense"):
         upcycle(keras.layers.Dense(3), router())
     with pytest.raises(ValueError, match="ff must be built"):

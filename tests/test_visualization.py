@@ -24,7 +24,7 @@ def tokens(rng):
 
 
 @pytest.mark.parametrize("capacity", [2, T, None])
-def test_weights_of_tokens_that_choose(tokens, capacity):
+def test_weights_of_token_choice(tokens, capacity):
     router = MaskedRouter(E, num_selected_experts=2, kernel_initializer="he_normal")
     mask = ops.convert_to_tensor(np.arange(2 * T).reshape(2, T) != 7)
     routing = router.route(tokens, expert_capacity=capacity, mask=mask)
@@ -38,29 +38,29 @@ def test_weights_of_tokens_that_choose(tokens, capacity):
             else:
                 expected = {e: probs[g, t, e] for e in chosen[g, t]}
             found = {e: weights[g, t, e] for e in np.flatnonzero(weights[g, t])}
-            if capacity == 2:  # Some find no slot.
+            if capacity == 2:  # Some assignments are dropped.
                 assert found.items() <= expected.items()
             else:
                 assert found == pytest.approx(expected)
     assert np.count_nonzero(weights) == ops.sum(routing.assignments)
 
 
-def test_weights_where_experts_choose(tokens):
+def test_weights_of_expert_choice(tokens):
     routing = ExpertsChooseMaskedRouter(E).route(tokens, expert_capacity=2)
     weights = token_weights(routing)
     probs = ops.convert_to_numpy(routing.probs)
     assert np.all(np.count_nonzero(weights, axis=1) == 2)
-    taken = weights > 0
-    np.testing.assert_array_equal(weights[taken], probs[taken])
+    assigned = weights > 0
+    np.testing.assert_array_equal(weights[assigned], probs[assigned])
 
 
-def test_weights_of_mixtures(tokens):
+def test_weights_of_soft_moe(tokens):
     layer = SoftMoeLayer(Experts(E, 4), slots_per_expert=2)
     weights = token_weights(layer.route(tokens))
     np.testing.assert_allclose(weights.sum(axis=-1), 1, rtol=1e-5)
 
 
-def test_a_routing_is_drawn(tokens, tmp_path):
+def test_draw_routing(tokens, tmp_path):
     routing = MaskedRouter(E).route(tokens, expert_capacity=None)
     figure = draw_routing(routing, labels=list("abcde"), group=1)
     axes, _ = figure.axes
@@ -80,7 +80,7 @@ def test_a_routing_is_drawn(tokens, tmp_path):
         (128, [9, 19, 9], [0, 10, 20, 35], "training step"),
     ],
 )
-def test_loads_are_drawn(experts, batches, edges, label, tmp_path, rng):
+def test_draw_loads(experts, batches, edges, label, tmp_path, rng):
     records = [
         {
             "layer": name,
@@ -102,7 +102,7 @@ def test_loads_are_drawn(experts, batches, edges, label, tmp_path, rng):
     np.testing.assert_allclose(mesh.get_array()[:, 0], experts * records[0]["load"])
     figure.savefig(tmp_path / "loads.png")
     assert imread(tmp_path / "loads.png").std() > 0.05
-    # One scale for all layers, about the mean.
+    # All layers have one color scale, centered at the mean load.
     norms = [axes.collections[0].norm for axes in figure.axes[:4:2]]
     assert [(n.vmin, n.vcenter, n.vmax) for n in norms] == [(0, 1, 3)] * 2
     with pytest.raises(ValueError, match="at least one record"):
@@ -122,7 +122,7 @@ def test_dropped_and_masked_tokens_look_different(tokens):
     assert [text.get_text() for text in legend.get_texts()] == ["dropped", "masked"]
 
 
-def test_a_long_text_makes_a_small_picture(rng):
+def test_the_figure_of_a_long_text_has_a_limited_size(rng):
     x = ops.convert_to_tensor(rng.normal(size=(1, 128, H)).astype("float32"))
     figure = draw_routing(MaskedRouter(E).route(x, expert_capacity=None))
     assert max(figure.get_size_inches() * figure.dpi) <= 1000

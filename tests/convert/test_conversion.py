@@ -1,4 +1,7 @@
-"""Weights by the names of other packages, whose own layers `tests/peers` has."""
+"""Conversion of weights to and from the formats of other packages.
+
+These tests do not need the packages; `tests/peers` converts their own layers.
+"""
 
 import ml_dtypes
 import numpy as np
@@ -42,7 +45,7 @@ def deepseek():
     )
 
 
-# A layer for each format, and how many tensors it is there.
+# For each format, a layer and the number of its tensors.
 CASES = {
     "mixtral": (lambda: presets.mixtral(E, F), 1 + 3 * E),
     "qwen2_moe": (lambda: with_backbone(presets.mixtral(E, F), True), 1 + 3 * E + 4),
@@ -58,7 +61,7 @@ CASES = {
 }
 
 
-def test_all_formats_are_here():
+def test_every_format_has_a_case():
     assert CASES.keys() == FORMATS.keys()
 
 
@@ -77,8 +80,8 @@ def values(layer):
     return [ops.convert_to_numpy(w).copy() for w in layer.weights]
 
 
-def test_tensors_of_theirs_and_weights_of_ours():
-    """With numbers that an eye can follow: two experts, from 1 to 2 units."""
+def test_tensor_specs_table():
+    """Tables that a reader can check: two experts, kernels from 1 to 2 units."""
     gate = np.array([[[1, 2]], [[3, 4]]])  # e h f
     inner = np.array([[[5, 6]], [[7, 8]]])
     weights = {"gate": gate, "inner": inner}
@@ -110,7 +113,7 @@ def test_tensors_of_theirs_and_weights_of_ours():
 
 @pytest.mark.parametrize("stacked", [False, True])
 @pytest.mark.parametrize("format", FORMATS)
-def test_there_and_back(format, stacked, rng):
+def test_round_trip(format, stacked, rng):
     layer, other = make(format), make(format)
     randomize(layer, rng)
     tensors = to_tensors(layer, format, prefix="a.b.", stacked=stacked)
@@ -123,7 +126,7 @@ def test_there_and_back(format, stacked, rng):
 
 
 def test_files(rng, tmp_path):
-    """In bfloat16, in two files; what is of other layers is not read."""
+    """Loads bfloat16 tensors from two files; tensors of other layers are ignored."""
     layer = make("mixtral")
     randomize(layer, rng)
     tensors = to_tensors(layer, "mixtral", prefix="moe.")
@@ -144,7 +147,7 @@ def test_files(rng, tmp_path):
         load_weights(other, tmp_path / "empty", "mixtral")
 
 
-def test_a_layer_of_keras_is_a_source(rng):
+def test_a_keras_layer_as_source(rng):
     layer, other = make("tfm"), make("tfm")
     randomize(layer, rng)
     moe, other = layer.moe, other.moe
@@ -165,7 +168,7 @@ def test_a_layer_of_keras_is_a_source(rng):
         ),
     ],
 )
-def test_tensors_that_do_not_fit_change_nothing(change, message):
+def test_mismatched_tensors_change_no_weights(change, message):
     layer = make("mixtral")
     tensors = {n: a + 1 for n, a in to_tensors(layer, "mixtral").items()} | change
     tensors = {name: array for name, array in tensors.items() if array is not None}
@@ -176,7 +179,7 @@ def test_tensors_that_do_not_fit_change_nothing(change, message):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_layers_and_sources_that_do_not_fit():
+def test_mismatched_layers_and_sources():
     layer = make("mixtral")
     with pytest.raises(ValueError, match=r"Only the layer has \[.*gate/kernel"):
         to_tensors(layer, "switch")
@@ -195,7 +198,7 @@ def test_layers_and_sources_that_do_not_fit():
         to_tensors(layer, "mixtral")
 
 
-def test_a_wrong_prefix_is_answered_with_those_there_are():
+def test_the_error_for_a_wrong_prefix_lists_existing_ones():
     layer = make("mixtral")
     tensors = {
         **to_tensors(layer, "mixtral", prefix="model.layers.0.mlp."),

@@ -1,4 +1,4 @@
-"""A program in a fresh process, on a backend of its own."""
+"""Runs programs in new processes, on a chosen backend."""
 
 import os
 import pathlib
@@ -10,23 +10,23 @@ TESTS = pathlib.Path(__file__).parents[1]
 
 
 def run(program, backend, folder):
-    """Runs a program, whose argument is the folder."""
+    """Runs a program with the folder as its argument."""
     run_python("-c", program, folder, backend=backend)
 
 
 def run_python(*arguments, backend, **environment):
-    """Runs Python, which can import the tests."""
+    """Runs Python with the tests on its path."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
-        env=surroundings(backend, **environment),
+        env=process_environment(backend, **environment),
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, f"{backend}: {result.stderr[-3000:]}"
 
 
-def surroundings(backend, **environment):
-    """The environment variables of such a program."""
+def process_environment(backend, **environment):
+    """Returns the environment variables of a program on a backend."""
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "cross")))
-    own = {"KERAS_BACKEND": backend, "PYTHONPATH": path, **environment}
-    return {**os.environ, **own}
+    variables = {"KERAS_BACKEND": backend, "PYTHONPATH": path, **environment}
+    return {**os.environ, **variables}

@@ -12,7 +12,7 @@ import keras_moe
 if keras.backend.backend() == "tensorflow":
     import tensorflow as tf
 
-    # Without this, an update of weights may run before a read, on a CPU without XLA.
+    # On a CPU without XLA, weights may otherwise be updated before they are read.
     tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
 
 STEPS, BATCH, LENGTH, HIDDEN, EXPERTS = 10, 16, 8, 12, 8
@@ -28,7 +28,7 @@ class Data(keras.utils.PyDataset):
         rng = np.random.default_rng(0)
         shape = (STEPS, BATCH, LENGTH, HIDDEN)
         self.x = rng.normal(size=shape).astype("float32")
-        # A task in which different tokens need different experts.
+        # The target differs between tokens, so that experts can specialize.
         self.y = np.where(self.x[..., :1] > 0, np.tanh(self.x), self.x[..., ::-1])
 
     def __len__(self):
@@ -40,7 +40,7 @@ class Data(keras.utils.PyDataset):
 
 
 class Backup(keras.callbacks.BackupAndRestore):
-    """Continues if only the file of the epoch, written last, is damaged."""
+    """Resumes even if the metadata file, which is written last, is damaged."""
 
     def on_train_begin(self, logs=None):
         with contextlib.suppress(json.JSONDecodeError):
@@ -50,8 +50,8 @@ class Backup(keras.callbacks.BackupAndRestore):
 class Epochs(keras.callbacks.Callback):
     """Derives the epoch from the optimizer's steps, which are saved with the weights.
 
-    `BackupAndRestore` writes its own epoch to a second file, after the weights. A
-    process killed in between leaves weights of a later epoch.
+    `BackupAndRestore` writes its epoch to a second file, after the weights. If the
+    process is killed in between, the weights are of a later epoch than that file.
     """
 
     def __init__(self, data, epochs):

@@ -59,7 +59,7 @@ assert losses[-1] < losses[0], losses
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A folder of files for each backend."""
+    """A folder with the files of each backend."""
     folder = tmp_path_factory.mktemp("written")
     for backend in BACKENDS:
         (folder / backend).mkdir()

@@ -1,4 +1,4 @@
-"""Equal weights route alike on every backend, wherever nothing is random."""
+"""Equal weights give the same routing on every backend, without randomness."""
 
 import numpy as np
 from backends import BACKENDS, run
@@ -13,7 +13,7 @@ from keras import ops
 from samples import E, H, ROUTERS
 
 rng = np.random.default_rng(0)
-# Of so few numbers, many tokens like two experts equally well, exactly.
+# With so few values, many tokens have exactly tied router probabilities.
 x = rng.integers(-1, 2, size=(3, 20, H)).astype("float32")
 mask = rng.random((3, 20)) < 0.8
 found = {}
@@ -32,7 +32,7 @@ np.savez(f"{sys.argv[1]}/{keras.backend.backend()}.npz", **found)
 """
 
 
-def test_all_backends_route_alike(tmp_path):
+def test_all_backends_give_the_same_routing(tmp_path):
     for backend in BACKENDS:
         run(ROUTE, backend, tmp_path)
     first, *others = (np.load(tmp_path / f"{backend}.npz") for backend in BACKENDS)

@@ -30,7 +30,7 @@ def test_feed_forward(rng):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_each_expert_works_on_its_own_slots(groups, rng):
+def test_each_expert_processes_its_own_slots(groups, rng):
     x = rng.normal(size=(groups, 3, 5, 4)).astype("float32")
     layer = FeedForwardExperts(
         3, 8, kernel_initializer="glorot_uniform", bias_initializer="random_normal"
@@ -44,7 +44,7 @@ def test_each_expert_works_on_its_own_slots(groups, rng):
             np.testing.assert_allclose(outputs[g, e], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_experts_weights_are_at_the_paths_of_model_garden():
+def test_weight_paths_match_model_garden():
     layer = FeedForwardExperts(3, 8)
     layer.build((1, 3, None, 4))
     assert [w.path for w in layer.weights] == [
@@ -55,7 +55,7 @@ def test_the_experts_weights_are_at_the_paths_of_model_garden():
     ]
 
 
-def test_experts_start_out_different():
+def test_experts_are_initialized_differently():
     layer = FeedForwardExperts(2, 8)
     layer.build((1, 2, None, 8))
     kernel, _, other, _ = layer.get_weights()
@@ -63,21 +63,21 @@ def test_experts_start_out_different():
     assert (kernel != other).all()
 
 
-def test_initializers_scale_by_an_expert_s_own_inputs():
+def test_initializers_scale_by_the_inputs_of_one_expert():
     layer = FeedForwardExperts(8, 400, kernel_initializer="he_normal")
     layer.build((1, 8, None, 100))
     assert np.std(layer.get_weights()[0]) == pytest.approx((2 / 100) ** 0.5, rel=0.02)
 
 
 @pytest.mark.parametrize("make", [FeedForward, lambda **k: FeedForwardExperts(2, **k)])
-def test_dropout_is_for_training(make, rng):
+def test_dropout_is_applied_only_in_training(make, rng):
     x = rng.normal(size=(1, 2, 50, 4)).astype("float32")
     for name in ("inner_dropout", "output_dropout"):
         layer = make(d_ff=8, **{name: 0.5})
-        still = ops.convert_to_numpy(layer(x, training=False))
-        np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), still)
+        expected = ops.convert_to_numpy(layer(x, training=False))
+        np.testing.assert_array_equal(ops.convert_to_numpy(layer(x)), expected)
         dropped = ops.convert_to_numpy(layer(x, training=True))
-        assert (dropped != still).any()
+        assert (dropped != expected).any()
         if name == "output_dropout":
             assert 0.3 < (dropped == 0).mean() < 0.7
 
@@ -113,7 +113,7 @@ def make_heterogeneous(**kwargs):
     )
 
 
-def test_a_gate_multiplies(rng):
+def test_gated_feed_forward(rng):
     x = rng.normal(size=(2, 3, 4)).astype("float32")
     layer = FeedForward(
         8, gated=True, use_bias=False, activation="relu", kernel_initializer="he_normal"
@@ -131,7 +131,7 @@ def test_a_gate_multiplies(rng):
     }
 
 
-def test_heterogeneous_experts_work_on_their_own_slots(rng):
+def test_heterogeneous_experts_process_their_own_slots(rng):
     x = rng.normal(size=(1, 3, 5, 4)).astype("float32")
     layer = make_heterogeneous()
     outputs = ops.convert_to_numpy(layer(x))
@@ -157,7 +157,7 @@ def test_the_layer_check(tmp_path):
     check_layer(make_heterogeneous, (3, 5, 4), path)
 
 
-def test_another_number_of_experts_is_an_error():
+def test_a_different_number_of_experts_is_an_error():
     layer = FeedForwardExperts(3, 8)
     with pytest.raises(ValueError, match=r"with 3 experts.*\(1, 4, 5, 6\)"):
         layer(np.zeros((1, 4, 5, 6)))

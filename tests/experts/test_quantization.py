@@ -1,4 +1,4 @@
-"""Experts in few bits: near the answers they had, and the same routing."""
+"""Quantized experts: outputs close to the original ones, and equal routing."""
 
 import warnings
 
@@ -31,7 +31,7 @@ def make_model(factor, **experts):
 
 def quantize(model, mode):
     with warnings.catch_warnings():
-        # Keras warns of every layer without anything to quantise.
+        # Keras warns about every layer that cannot be quantized.
         warnings.filterwarnings("ignore", message=".*does not have a `quantize`")
         model.quantize(mode)
 
@@ -77,12 +77,12 @@ def test_quantized_experts(mode, factor, experts, x, tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict_on_batch(x), found)
-    names = [w.dtype for w in loaded.get_layer("moe").weights]
-    assert names == [w.dtype for w in moe.weights]
+    dtypes = [w.dtype for w in loaded.get_layer("moe").weights]
+    assert dtypes == [w.dtype for w in moe.weights]
 
 
-def test_rows_of_int8_are_those_of_what_it_stands_for(x):
-    """To rounding: nothing but the weights is quantised."""
+def test_int8_rows_match_the_dequantized_kernel(x):
+    """Only the weights are quantized, so that the outputs differ by rounding only."""
     model = make_model(None)
     quantize(model, "int8")
     experts = model.get_layer("moe").experts
@@ -108,7 +108,7 @@ def test_int4_needs_a_capacity(x):
     "factor", [None, pytest.param(2.0, marks=pytest.mark.thorough)]
 )
 def test_adapters_of_quantized_experts(factor, x, rng, tmp_path):
-    """LoRA on int8: only the adapters and what is not quantised is trained."""
+    """LoRA on int8 experts trains only the adapters and the unquantized weights."""
     model = make_model(factor)
     quantize(model, "int8")
     moe = model.get_layer("moe")
@@ -116,7 +116,7 @@ def test_adapters_of_quantized_experts(factor, x, rng, tmp_path):
         dense.enable_lora(2)
     before = {w.path: ops.convert_to_numpy(w).copy() for w in moe.weights}
     model.compile(keras.optimizers.SGD(0.1), "mse")
-    for _ in range(2):  # The second adapter is 0 at first: no gradient for the first.
+    for _ in range(2):  # The second adapter is 0 in step 1: the first has no gradient.
         model.train_on_batch(x, x)
     for w in moe.weights:
         changed = not np.array_equal(before[w.path], ops.convert_to_numpy(w))
@@ -124,7 +124,7 @@ def test_adapters_of_quantized_experts(factor, x, rng, tmp_path):
             "experts" in w.path and w.name == "kernel"
         )
         assert changed != frozen, w.path
-    # Large adapters show: they are merged when saved.
+    # Large adapters affect the outputs; saving merges them into the kernels.
     for w in moe.experts.weights:
         if "lora" in w.name:
             w.assign(rng.normal(size=w.shape))
@@ -145,7 +145,7 @@ def test_a_dense_feed_forward_is_quantized_and_loaded(x, tmp_path):
     np.testing.assert_array_equal(loaded.predict_on_batch(x), found)
 
 
-def test_half_quantized_experts_are_not_saved(x, tmp_path):
+def test_partly_quantized_experts_are_not_saved(x, tmp_path):
     model = make_model(2.0)
     model.get_layer("moe").experts.intermediate_layer.quantize("int8")
     with pytest.raises(ValueError, match=r"quantized alike.*moe/experts"):
@@ -154,7 +154,7 @@ def test_half_quantized_experts_are_not_saved(x, tmp_path):
 
 @pytest.mark.thorough
 def test_a_layer_with_a_backbone_is_quantized_and_loaded(x, tmp_path):
-    """Its gate is left as it is, too."""
+    """The gate of the backbone is not quantized either."""
     moe = make_model(None).get_layer("moe")
     both = keras_moe.MoeLayerWithBackbone(moe, F, backbone_gate=True, name="both")
     model = functional(both, (T, H))

@@ -1,4 +1,4 @@
-"""Rematerialisation: the same numbers for less memory."""
+"""Rematerialization gives the same results with less memory."""
 
 import keras
 import numpy as np
@@ -9,7 +9,7 @@ from layer_check import functional
 import keras_moe
 
 E, F, H, T = 4, 8, 6, 10
-# On PyTorch `True` is `torch.compile`, which Keras never chooses by itself.
+# On PyTorch, `True` means `torch.compile`, which "auto" never selects.
 JIT_COMPILE = (
     ["auto"]
     if keras.backend.backend() == "torch"
@@ -32,8 +32,8 @@ def make_model(factor, **experts):
     return functional(layer, (T, H))
 
 
-def trained(factor, **experts):
-    """Losses of some steps, and the weights after them."""
+def train(factor, **experts):
+    """Returns the losses of three steps, and the weights after them."""
     model = make_model(factor, **experts)
     model.compile(keras.optimizers.SGD(0.5), "mse")
     losses = [float(np.ravel(model.train_on_batch(X, 2 * X))[0]) for _ in range(3)]
@@ -44,9 +44,9 @@ def trained(factor, **experts):
 @pytest.mark.parametrize(
     "gated", [False, pytest.param(True, marks=pytest.mark.thorough)]
 )
-def test_training_is_the_same(factor, gated):
-    losses, weights = trained(factor, gated=gated, remat=True)
-    expected_losses, expected = trained(factor, gated=gated)
+def test_training_gives_the_same_losses_and_weights(factor, gated):
+    losses, weights = train(factor, gated=gated, remat=True)
+    expected_losses, expected = train(factor, gated=gated)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     for found, weight in zip(weights, expected, strict=True):
         np.testing.assert_allclose(found, weight, atol=1e-5)
@@ -54,11 +54,11 @@ def test_training_is_the_same(factor, gated):
 
 @pytest.mark.parametrize("factor", [2.0, None])
 @pytest.mark.parametrize("jit_compile", JIT_COMPILE)
-def test_gradients_see_what_was_dropped(factor, jit_compile):
-    """Of a network that is linear in each kernel, kernel · gradient is the loss.
+def test_recomputation_drops_the_same_units(factor, jit_compile):
+    """If a network is linear in each kernel, kernel · gradient equals the loss.
 
-    If other units were dropped when the inner layer is computed again, it would
-    be the loss with these.
+    If the recomputation dropped other units, the product would equal the loss with
+    these units dropped.
     """
     model = make_model(
         factor,

@@ -13,7 +13,7 @@ from keras_moe.kernels import plain
 INDEX = np.array([[2, -1, 0], [2, 2, -1]], "int32")
 
 
-def test_gather_rows_a_table():
+def test_gather_rows_table():
     x = np.array([[[1], [2], [3]], [[4], [5], [6]]], "float32")
     for gather in (kernels.gather_rows, plain.gather_rows):
         rows = gather(ops.convert_to_tensor(x), ops.convert_to_tensor(INDEX))
@@ -21,7 +21,7 @@ def test_gather_rows_a_table():
         np.testing.assert_array_equal(rows, [[[3], [0], [1]], [[6], [6], [0]]])
 
 
-def test_scatter_add_rows_a_table():
+def test_scatter_add_rows_table():
     rows = np.array([[[1], [2], [4]], [[8], [16], [32]]], "float32")
     for scatter in (kernels.scatter_add_rows, plain.scatter_add_rows):
         sums = scatter(ops.convert_to_tensor(rows), ops.convert_to_tensor(INDEX), 4)
@@ -33,7 +33,7 @@ def test_scatter_add_rows_a_table():
 
 @pytest.mark.parametrize("width", [(), (3,)])
 @pytest.mark.parametrize("shape", [(1, 0), (1, 1), (3, 50), (4, 3, 5)])
-def test_the_backend_s_kernels_equal_the_plain_ones(shape, width, rng):
+def test_kernels_match_the_plain_kernels(shape, width, rng):
     n, groups = 20, shape[-2]
     index = ops.convert_to_tensor(rng.integers(-1, n, size=shape).astype("int32"))
     x = rng.normal(size=(groups, n, *width)).astype("float32")
@@ -46,17 +46,18 @@ def test_the_backend_s_kernels_equal_the_plain_ones(shape, width, rng):
         return lambda x, y: ops.sum(ops.square(scatter(y, index, n) + x))
 
     for make, kernel in ((gathered, "gather_rows"), (scattered, "scatter_add_rows")):
-        ours = make(getattr(kernels, kernel))
-        theirs = make(getattr(plain, kernel))
+        fast = make(getattr(kernels, kernel))
+        reference = make(getattr(plain, kernel))
         tensors = ops.convert_to_tensor(x), ops.convert_to_tensor(y)
         np.testing.assert_allclose(
-            float(ours(*tensors)), float(theirs(*tensors)), rtol=1e-5
+            float(fast(*tensors)), float(reference(*tensors)), rtol=1e-5
         )
-        for a, b in zip(gradients(ours, x, y), gradients(theirs, x, y), strict=True):
+        found, expected = gradients(fast, x, y), gradients(reference, x, y)
+        for a, b in zip(found, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_nan_rows_stay_where_they_are():
+def test_nan_rows_do_not_affect_others():
     x = ops.convert_to_tensor(np.array([[[np.nan], [1.0]]], "float32"))
     index = ops.convert_to_tensor(np.array([[-1, 1]], "int32"))
     rows = ops.convert_to_numpy(kernels.gather_rows(x, index))
@@ -65,12 +66,12 @@ def test_nan_rows_stay_where_they_are():
     np.testing.assert_array_equal(result, [[[0], [1]]])
 
 
-def test_grouped_dense_a_table():
+def test_grouped_dense_table():
     for dense in (kernels.grouped_dense, plain.grouped_dense):
-        check_a_table(dense)
+        check_grouped_dense_table(dense)
 
 
-def check_a_table(dense):
+def check_grouped_dense_table(dense):
     rows = ops.convert_to_tensor(np.array([[1], [2], [3], [4]], "float32"))
     kernel = ops.convert_to_tensor(np.array([[[1]], [[10]], [[100]]], "float32"))
     bias = ops.convert_to_tensor(np.array([[[0.5]], [[0.25]], [[0]]], "float32"))
@@ -81,29 +82,29 @@ def check_a_table(dense):
 
 @st.composite
 def groups_of_rows(draw):
-    """Rows, groups of them (empty ones too), rows left over, widths, a dtype."""
+    """Group sizes, the number of leftover rows, two widths, use of a bias, a seed."""
     sizes = draw(st.lists(st.sampled_from([0, 0, 1, 2, 7, 40]), min_size=1, max_size=9))
-    left_over = draw(st.sampled_from([0, 0, 1, 30]))
+    leftover = draw(st.sampled_from([0, 0, 1, 30]))
     hidden, width = draw(st.integers(1, 9)), draw(st.integers(1, 9))
-    return sizes, left_over, hidden, width, draw(st.booleans()), draw(st.integers(0, 9))
+    return sizes, leftover, hidden, width, draw(st.booleans()), draw(st.integers(0, 9))
 
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(groups_of_rows())
-@example(([0, 0], 0, 3, 2, True, 0))  # nothing at all
-@example(([0, 0], 4, 3, 2, True, 0))  # nothing but rows left over
+@example(([0, 0], 0, 3, 2, True, 0))  # no rows
+@example(([0, 0], 4, 3, 2, True, 0))  # only leftover rows
 @example(([1], 0, 1, 1, False, 0))
-@example(([0, 500, 0, 0], 3, 8, 5, True, 0))  # all in one group, several blocks
+@example(([0, 500, 0, 0], 3, 8, 5, True, 0))  # all rows in one group, several blocks
 @example(([1300, 0, 511], 9, 3, 2, True, 0))  # blocks of both sizes
-@example(([129, 128, 127, 1, 0, 64], 9, 2, 3, True, 0))  # at a block's edges
-def test_grouped_dense_equals_its_plain_twin(case):
-    check_against_the_twin(kernels.grouped_dense, case)
+@example(([129, 128, 127, 1, 0, 64], 9, 2, 3, True, 0))  # around the block size
+def test_grouped_dense_matches_the_plain_kernel(case):
+    check_against_plain(kernels.grouped_dense, case)
 
 
-def check_against_the_twin(dense, case):
-    sizes, left_over, hidden, width, with_bias, seed = case
+def check_against_plain(dense, case):
+    sizes, leftover, hidden, width, with_bias, seed = case
     rng = np.random.default_rng(seed)
-    rows = rng.normal(size=(sum(sizes) + left_over, hidden)).astype("float32")
+    rows = rng.normal(size=(sum(sizes) + leftover, hidden)).astype("float32")
     kernel = rng.normal(size=(len(sizes), hidden, width)).astype("float32")
     bias = rng.normal(size=(len(sizes), 1, width)).astype("float32")
     target = rng.normal(size=(len(rows), width)).astype("float32")
@@ -117,13 +118,13 @@ def check_against_the_twin(dense, case):
 
         return function
 
-    ours, theirs = error(dense), error(plain.grouped_dense)
+    fast, reference = error(dense), error(plain.grouped_dense)
     arrays = rows, kernel, bias
     tensors = [ops.convert_to_tensor(a) for a in arrays]
     np.testing.assert_allclose(
-        float(ours(*tensors)), float(theirs(*tensors)), rtol=1e-5
+        float(fast(*tensors)), float(reference(*tensors)), rtol=1e-5
     )
-    found, expected = gradients(ours, *arrays), gradients(theirs, *arrays)
+    found, expected = gradients(fast, *arrays), gradients(reference, *arrays)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1, np.abs(b).max(initial=0)))
 
@@ -141,8 +142,8 @@ def test_grouped_dense_in_half_precision(dtype, rtol, rng):
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * 4)
 
 
-def test_gradients_add_up_in_half_precision(rng):
-    """Of 4000 rows alike: bfloat16 itself counts to 256."""
+def test_gradients_are_summed_in_float32(rng):
+    """The sum over 4000 equal rows is correct; a sum in bfloat16 would stop at 256."""
     rows, kernel = np.ones((4000, 2), "float32"), np.ones((2, 2, 2), "float32")
     bias, sizes = np.ones((2, 1, 2), "float32"), np.array([4000, 0], "int32")
 
@@ -157,27 +158,27 @@ def test_gradients_add_up_in_half_precision(rng):
     np.testing.assert_allclose(d_bias, [[[4000, 4000]], [[0, 0]]], rtol=0.01)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX's")
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
 def test_ragged_dot_for_gpus_and_tpus():
     from keras_moe.kernels.jax import by_ragged_dot
 
-    check_a_table(by_ragged_dot)
+    check_grouped_dense_table(by_ragged_dot)
     for case in (([3, 0, 40, 1], 2, 5, 4, True, 0), ([0, 0], 4, 3, 2, False, 0)):
-        check_against_the_twin(by_ragged_dot, case)
+        check_against_plain(by_ragged_dot, case)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch's")
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="PyTorch only")
 def test_grouped_mm_for_gpus():
     from keras_moe.kernels.torch import HAS_GROUPED_MM, by_grouped_mm
 
     if not HAS_GROUPED_MM:
-        pytest.skip("This PyTorch has none.")
-    # In rows and columns of 16 bytes, as it must be.
+        pytest.skip("This version of PyTorch has no grouped matmul.")
+    # Rows and columns must be multiples of 16 bytes.
     for case in (([3, 0, 40, 1], 2, 8, 4, True, 0), ([0, 0], 4, 4, 8, False, 0)):
-        check_against_the_twin(by_grouped_mm, case)
+        check_against_plain(by_grouped_mm, case)
 
 
-def test_a_nan_row_of_a_group_stays_alone(rng):
+def test_a_nan_row_does_not_affect_its_group(rng):
     rows = rng.normal(size=(6, 2)).astype("float32")
     rows[3], rows[5] = np.nan, np.inf
     kernel = ops.convert_to_tensor(rng.normal(size=(2, 2, 2)).astype("float32"))

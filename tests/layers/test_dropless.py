@@ -1,4 +1,4 @@
-"""Layers without a capacity: nothing is dropped, and nothing else changes."""
+"""Dropless layers equal layers whose capacity is so large that nothing is dropped."""
 
 import keras
 import numpy as np
@@ -24,11 +24,12 @@ from keras_moe import (
     Top2MaskedRouter,
 )
 
-OPINIONS = {"kernel_initializer": "glorot_uniform"}
+# The default initializer gives nearly uniform probabilities.
+GATE = {"kernel_initializer": "glorot_uniform"}
 
 
 def make_moe(router=None, train=None, evaluation=None, dtype=None, **kwargs):
-    router = router or MaskedRouter(E, num_selected_experts=2, dtype=dtype, **OPINIONS)
+    router = router or MaskedRouter(E, num_selected_experts=2, dtype=dtype, **GATE)
     experts = FeedForwardExperts(
         E, F, kernel_initializer="he_normal", bias_initializer="he_normal", dtype=dtype
     )
@@ -43,40 +44,40 @@ def make_moe(router=None, train=None, evaluation=None, dtype=None, **kwargs):
 
 
 ROUTERS = {
-    "switch": lambda: MaskedRouter(E, **OPINIONS),
-    "two": lambda: MaskedRouter(E, num_selected_experts=2, **OPINIONS),
-    "all": lambda: MaskedRouter(E, num_selected_experts=E, **OPINIONS),
+    "switch": lambda: MaskedRouter(E, **GATE),
+    "two": lambda: MaskedRouter(E, num_selected_experts=2, **GATE),
+    "all": lambda: MaskedRouter(E, num_selected_experts=E, **GATE),
     "sigmoid": lambda: MaskedRouter(
         E, num_selected_experts=2, mechanism="sigmoid", normalize_weights=True
     ),
     "next best": lambda: MaskedRouter(
-        E, num_selected_experts=2, priority="token", overflow="next_best", **OPINIONS
+        E, num_selected_experts=2, priority="token", overflow="next_best", **GATE
     ),
-    "probability": lambda: MaskedRouter(E, priority="probability", **OPINIONS),
+    "probability": lambda: MaskedRouter(E, priority="probability", **GATE),
     "bias balanced": lambda: BiasBalancedMaskedRouter(
-        E, num_selected_experts=2, **OPINIONS
+        E, num_selected_experts=2, **GATE
     ),
-    "top 2": lambda: Top2MaskedRouter(E, **OPINIONS),
+    "top 2": lambda: Top2MaskedRouter(E, **GATE),
 }
 
 
 @pytest.mark.parametrize("name", ROUTERS)
 @pytest.mark.parametrize("examples", [1, 2, None, 1 / 3])
-def test_as_with_so_large_a_capacity_that_nothing_drops(name, examples, rng):
+def test_results_equal_those_with_a_large_capacity(name, examples, rng):
     x, mask = inputs(rng, 3, 8), rng.random((3, 8)) < 0.7
     dropless = make_moe(ROUTERS[name](), examples_per_group=examples)
-    roomy = make_moe(ROUTERS[name](), 9.0, 9.0, examples_per_group=examples)
+    reference = make_moe(ROUTERS[name](), 9.0, 9.0, examples_per_group=examples)
     dropless.build(x.shape)
-    roomy.build(x.shape)
-    roomy.set_weights(dropless.get_weights())
+    reference.build(x.shape)
+    reference.set_weights(dropless.get_weights())
     for m in (None, mask):
         np.testing.assert_allclose(
-            numpy_call(dropless, x, mask=m), numpy_call(roomy, x, mask=m), atol=1e-5
+            numpy_call(dropless, x, mask=m), numpy_call(reference, x, mask=m), atol=1e-5
         )
         assert [float(a) for a in dropless.losses] == pytest.approx(
-            [float(a) for a in roomy.losses], abs=1e-6
+            [float(a) for a in reference.losses], abs=1e-6
         )
-        rows, slots = (layer.route(x, mask=m) for layer in (dropless, roomy))
+        rows, slots = (layer.route(x, mask=m) for layer in (dropless, reference))
         assert isinstance(rows, Rows)
         assert isinstance(slots, Slots)
         for part in ("probs", "load", "slots_per_token"):
@@ -86,18 +87,18 @@ def test_as_with_so_large_a_capacity_that_nothing_drops(name, examples, rng):
                 atol=1e-6,
             )
         assert float(dropless.balance_loss(rows)) == pytest.approx(
-            float(roomy.balance_loss(slots)), abs=1e-6
+            float(reference.balance_loss(slots)), abs=1e-6
         )
     found, expected = (
         {m.name.split("/")[-1]: float(m.result()) for m in layer.metrics}
-        for layer in (dropless, roomy)
+        for layer in (dropless, reference)
     )
     assert found.pop("expert_usage") == 1
     assert expected.pop("expert_usage") < 1
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_oracle_and_its_metrics(rng):
+def test_outputs_match_the_oracle(rng):
     x, mask = inputs(rng, 3, 8), rng.random((3, 8)) < 0.7
     layer = make_moe()
     outputs = numpy_call(layer, x, mask=mask)
@@ -110,11 +111,11 @@ def test_the_oracle_and_its_metrics(rng):
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
-def test_the_gradients_are_those_of_a_large_capacity(rng):
+def test_gradients_equal_those_with_a_large_capacity(rng):
     x, target = inputs(rng, 3, 8), inputs(rng, 3, 8)
     mask = rng.random((3, 8)) < 0.7
-    dropless, roomy = make_moe(), make_moe(None, 9.0, 9.0)
-    for layer in (dropless, roomy):
+    dropless, reference = make_moe(), make_moe(None, 9.0, 9.0)
+    for layer in (dropless, reference):
         layer.build(x.shape)
     weights = [ops.convert_to_numpy(w) for w in dropless.trainable_variables]
     state = [ops.convert_to_tensor(w) for w in dropless.non_trainable_variables]
@@ -132,14 +133,16 @@ def test_the_gradients_are_those_of_a_large_capacity(rng):
 
         return function
 
-    found, expected = (gradients(error(x_), x, *weights) for x_ in (dropless, roomy))
+    found, expected = (
+        gradients(error(layer), x, *weights) for layer in (dropless, reference)
+    )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()))
         assert np.abs(b).max() > 0
 
 
-def test_rows_a_table():
-    """Four tokens, two of them to expert 2, one masked."""
+def test_rows_table():
+    """Four tokens: two select expert 2, and one is masked."""
     layer = make_moe(MaskedRouter(E, use_bias=False))
     layer.build((1, 4, H))
     layer.router.set_weights([10 * np.eye(H, E)])
@@ -153,8 +156,8 @@ def test_rows_a_table():
     assert float(rows.expert_usage) == 0.5
 
 
-def test_a_row_does_not_depend_on_its_batch(rng):
-    """In evaluation, however small the capacity would have to be."""
+def test_an_example_does_not_depend_on_its_batch(rng):
+    """In evaluation, an example has the same outputs alone and in a batch."""
     x = inputs(rng, 6, 8)
     layer = make_moe(examples_per_group=None)
     together = numpy_call(layer, x)
@@ -162,7 +165,7 @@ def test_a_row_does_not_depend_on_its_batch(rng):
     np.testing.assert_allclose(together, alone, atol=1e-6)
 
 
-def test_all_tokens_on_one_expert_and_on_none(rng):
+def test_all_tokens_on_one_expert_or_masked(rng):
     layer = make_moe(MaskedRouter(E))
     x = np.repeat(inputs(rng, 1, 1), 24, axis=1).reshape(3, 8, H)
     outputs = numpy_call(layer, x)
@@ -174,7 +177,7 @@ def test_all_tokens_on_one_expert_and_on_none(rng):
     assert numpy_call(layer, x[:0]).shape == (0, 8, H)
 
 
-def test_a_nan_token_stays_alone(rng):
+def test_a_nan_token_does_not_affect_others(rng):
     x = inputs(rng, 3, 8)
     layer = make_moe()
     expected = numpy_call(layer, x)
@@ -187,7 +190,7 @@ def test_a_nan_token_stays_alone(rng):
     assert np.isnan(outputs[1, 3]).all()
 
 
-def test_each_factor_for_itself(rng):
+def test_the_capacity_factors_are_independent(rng):
     x = inputs(rng, 3, 8)
     layer = make_moe(None, 2.0, None)
     assert isinstance(layer.route(x, training=True), Slots)
@@ -200,25 +203,25 @@ def test_each_factor_for_itself(rng):
 
 
 def test_the_layer_check(tmp_path):
-    check_layer(make_moe_of_any_dtype, (12, H), tmp_path / "model.keras")
+    check_layer(make_grouped_moe, (12, H), tmp_path / "model.keras")
 
 
-def make_moe_of_any_dtype(**kwargs):
+def make_grouped_moe(**kwargs):
     return make_moe(examples_per_group=2, **kwargs)
 
 
 def test_unknown_lengths(rng):
     layer = make_moe(examples_per_group=2)
-    roomy = make_moe(None, 99.0, 99.0, examples_per_group=2)
+    reference = make_moe(None, 99.0, 99.0, examples_per_group=2)
     symbolic = keras.Input((None, H))
     model = keras.Model(symbolic, layer(symbolic))
     model.compile("sgd", "mse")
-    roomy.build((None, None, H))
+    reference.build((None, None, H))
     for shape in ((3, 8), (2, 5), (1, 1)):
         x = inputs(rng, *shape)
-        roomy.set_weights(layer.get_weights())
+        reference.set_weights(layer.get_weights())
         np.testing.assert_allclose(
-            model.predict_on_batch(x), numpy_call(roomy, x), atol=1e-5
+            model.predict_on_batch(x), numpy_call(reference, x), atol=1e-5
         )
         model.train_on_batch(x, x)
 
@@ -231,9 +234,9 @@ def test_the_routing_of_a_symbolic_call():
 
 
 @pytest.mark.skipif(
-    keras.backend.backend() != "tensorflow", reason="XLA is a choice on TensorFlow"
+    keras.backend.backend() != "tensorflow", reason="XLA is optional on TensorFlow only"
 )
-def test_keras_turns_xla_off_where_it_cannot_be(rng):
+def test_keras_turns_off_unsupported_xla(rng):
     model = functional(make_moe(), (8, H))
     with pytest.warns(UserWarning, match="jit_compile"):
         model.compile("sgd", "mse", jit_compile=True)
@@ -244,52 +247,54 @@ def test_keras_turns_xla_off_where_it_cannot_be(rng):
 
 def test_many_experts_and_many_choices(rng):
     experts = FeedForwardExperts(256, 3, kernel_initializer="he_normal")
-    router = MaskedRouter(256, num_selected_experts=8, **OPINIONS)
+    router = MaskedRouter(256, num_selected_experts=8, **GATE)
     layer = MoeLayer(
         experts, router, train_capacity_factor=None, eval_capacity_factor=None
     )
     x = inputs(rng, 2, 16)
-    roomy = MoeLayer(
+    reference = MoeLayer(
         FeedForwardExperts(256, 3),
         MaskedRouter(256, num_selected_experts=8),
         train_capacity_factor=256.0,
         eval_capacity_factor=256.0,
     )
-    roomy.build(x.shape)
+    reference.build(x.shape)
     layer.build(x.shape)
-    roomy.set_weights(layer.get_weights())
-    np.testing.assert_allclose(numpy_call(layer, x), numpy_call(roomy, x), atol=1e-5)
+    reference.set_weights(layer.get_weights())
+    np.testing.assert_allclose(
+        numpy_call(layer, x), numpy_call(reference, x), atol=1e-5
+    )
 
 
 def test_many_tokens_in_one_group():
-    """65,536 tokens: any array of tokens² or tokens · e · c would need GiBs."""
+    """65,536 tokens: an array of tokens² or tokens · e · c would need gigabytes."""
     layer = make_moe(examples_per_group=None)
     x = np.random.default_rng(0).normal(size=(8, 8192, H)).astype("float32")
     outputs = numpy_call(layer, x)
     np.testing.assert_allclose(outputs[:1], numpy_call(layer, x[:1]), atol=1e-5)
 
 
-@pytest.mark.parametrize("num_experts", [4, 20])  # one by one, and all at once
+@pytest.mark.parametrize("num_experts", [4, 20])  # a loop, and all at once
 def test_lora(num_experts, rng):
-    """The adapters act as they do with a capacity; the kernels are not trained."""
+    """The outputs are those with a capacity, and the kernels are not trained."""
     x = inputs(rng, 2, 30)
-    dropless, roomy = (
+    dropless, reference = (
         MoeLayer(
             FeedForwardExperts(num_experts, F),
-            MaskedRouter(num_experts, num_selected_experts=2, **OPINIONS),
+            MaskedRouter(num_experts, num_selected_experts=2, **GATE),
             train_capacity_factor=factor,
             eval_capacity_factor=factor,
         )
         for factor in (None, float(num_experts))
     )
-    for layer in (dropless, roomy):
+    for layer in (dropless, reference):
         layer.build(x.shape)
         for dense in (layer.experts.intermediate_layer, layer.experts.output_layer):
             dense.enable_lora(2)
     adapted = [rng.normal(size=w.shape) for w in dropless.get_weights()]
-    for layer in (dropless, roomy):
+    for layer in (dropless, reference):
         layer.set_weights(adapted)
-    expected = numpy_call(roomy, x)
+    expected = numpy_call(reference, x)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(numpy_call(dropless, x), expected, atol=1e-5 * scale)
 
@@ -325,7 +330,7 @@ class NeedsCapacity(Router):
 )
 @pytest.mark.parametrize("factors", [(None, None), (None, 1.0), (1.0, None)])
 @pytest.mark.filterwarnings("ignore:A capacity factor")
-def test_what_cannot_do_without_a_capacity(experts, router, message, factors):
+def test_experts_and_routers_that_need_a_capacity(experts, router, message, factors):
     train, evaluation = factors
     with pytest.raises(ValueError, match=message):
         MoeLayer(
@@ -336,7 +341,7 @@ def test_what_cannot_do_without_a_capacity(experts, router, message, factors):
         )
 
 
-def test_two_levels_need_a_capacity():
+def test_hierarchical_layers_need_a_capacity():
     with pytest.raises(ValueError, match="need a capacity"):
         HierarchicalMoeLayer(
             FeedForwardExperts(4, F),

@@ -1,4 +1,4 @@
-"""Extreme numbers: what is finite stays finite, what is not stays where it is."""
+"""Extreme values: results stay finite, and nonfinite tokens do not affect others."""
 
 import functools
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from keras import ops
 from layer_check import functional
-from samples import ROUTERS, E, F, H
+from samples import ROUTERS, E, F, H, inputs
 
 from keras_moe import (
     FeedForwardExperts,
@@ -20,11 +20,11 @@ from keras_moe import (
 )
 
 B, T = 3, 8
-BAD = 1, 3  # the example and the token that get a bad number
+POSITION = 1, 3  # the example and the token that are changed
 
 
-class Masks(MaskedRouter):
-    """Returns dense arrays."""
+class DenseRouter(MaskedRouter):
+    """Returns the routing as a `RouterMask`."""
 
     def compute_routing(self, probs, expert_capacity, training=None):
         slots = super().compute_routing(probs, expert_capacity, training)
@@ -48,7 +48,7 @@ def make_moe(router, factor=2.0):
     )
 
 
-def make_two_levels(factor=2.0):
+def make_hierarchical(factor=2.0):
     return HierarchicalMoeLayer(
         make_experts(),
         Top2MaskedRouter(2, name="outer", router_z_loss_weight=0.1),
@@ -75,18 +75,18 @@ LAYERS = {
         factor,
     ),
     "no capacity": lambda: make_moe(MaskedRouter(E, num_selected_experts=2), None),
-    "masks": lambda factor=2.0: make_moe(Masks(E), factor),
+    "masks": lambda factor=2.0: make_moe(DenseRouter(E), factor),
     "soft": make_soft,
-    "two levels": make_two_levels,
+    "two levels": make_hierarchical,
 }
-# Those that mix the tokens of a group.
-MIX = "masks", "soft"
+# Layers in which a token affects its whole group.
+MIXING = "masks", "soft"
 WITH_CAPACITY = sorted(set(LAYERS) - {"no capacity"})
-# The others take their seconds in `make test-all`.
+# `make test` runs these layers, `make test-all` all layers.
 QUICK = "next best", "sigmoid", "soft"
 
 
-def each(names):
+def each_layer(names):
     return pytest.mark.parametrize(
         "name",
         [
@@ -96,35 +96,36 @@ def each(names):
     )
 
 
-class Learner:
-    """A layer's training step, compiled once, of weights and inputs as they come."""
+class TrainingStep:
+    """A layer's training step as a function of weights and inputs, compiled once."""
 
     def __init__(self, layer, shape=(B, T, H)):
         self.layer = layer
         layer.build(shape)
         self.weights = [ops.convert_to_numpy(w) for w in layer.trainable_variables]
-        self.of_all = gradient_of(functools.partial(self._loss, True))
-        self.of_task = gradient_of(functools.partial(self._loss, False))
+        self.gradients_of_all = gradient_of(functools.partial(self._loss, True))
+        self.gradients_of_task = gradient_of(functools.partial(self._loss, False))
 
-    def _loss(self, adds, weights, x, counted, mask):
-        """The task's loss, of the tokens that count, and all else there is."""
+    def _loss(self, add_losses, weights, x, counted, mask):
+        """Returns the loss over the counted tokens, and (outputs, losses, state)."""
         state = [v.value for v in self.layer.non_trainable_variables]
         outputs, state, losses = self.layer.stateless_call(
             weights, state, x, mask=mask, training=True, return_losses=True
         )
         loss = ops.mean(ops.abs(ops.where(counted, outputs, 0.0)))
-        return loss + sum(losses) if adds else loss, (outputs, losses, state)
+        return loss + sum(losses) if add_losses else loss, (outputs, losses, state)
 
     def __call__(self, x, counted=None, mask=None, scale=1.0, bias=None):
-        """Everything a step computes, as numpy arrays, by name.
+        """Returns everything that a step computes, as a dict of numpy arrays.
 
         Args:
             x: `[B, T, H]`.
-            counted: bool `[B, T, 1]`, which tokens the task's loss counts; the
-                router's losses, which are means over all tokens, then do not.
+            counted: bool `[B, T, 1]`, the tokens that the task's loss includes. If
+                given, the losses of the routers, which are means over all tokens,
+                are not added.
             mask: the layer's mask.
-            scale: by which the gates' kernels are multiplied.
-            bias: of all experts in all gates; as it is by default.
+            scale: factor of the gates' kernels.
+            bias: bias of all experts in all gates; not changed by default.
         """
         weights = list(self.weights)
         for i, v in enumerate(self.layer.trainable_variables):
@@ -132,29 +133,35 @@ class Learner:
                 weights[i] = weights[i] * np.float32(scale)
             if "router_weights/bias" in v.path and bias is not None:
                 weights[i] = np.full_like(weights[i], bias)
-        gradient = self.of_all if counted is None else self.of_task
-        # Always there, as each absence would be compiled for itself.
+        gradient = self.gradients_of_all if counted is None else self.gradients_of_task
+        # Never `None`, for which another program would be compiled.
         if counted is None:
             counted = np.ones((*x.shape[:-1], 1), bool)
         if mask is None:
             mask = np.ones(x.shape[:-1], bool)
         found = gradient(weights, x, counted, mask)
-        (loss, (outputs, losses, state)), (of_weights, of_inputs) = found
-        named = {
+        (loss, (outputs, losses, state)), (weight_gradients, input_gradient) = found
+        results = {
             f"gradient of {v.path}": g
-            for v, g in zip(self.layer.trainable_variables, of_weights, strict=True)
+            for v, g in zip(
+                self.layer.trainable_variables, weight_gradients, strict=True
+            )
         }
-        named |= {
+        results |= {
             v.path: s
             for v, s in zip(self.layer.non_trainable_variables, state, strict=True)
         }
-        named |= {f"loss {i}": part for i, part in enumerate(losses)}
-        named |= {"loss": loss, "outputs": outputs, "gradient of inputs": of_inputs}
-        return {n: ops.convert_to_numpy(a) for n, a in named.items() if a is not None}
+        results |= {f"loss {i}": part for i, part in enumerate(losses)}
+        results |= {
+            "loss": loss,
+            "outputs": outputs,
+            "gradient of inputs": input_gradient,
+        }
+        return {n: ops.convert_to_numpy(a) for n, a in results.items() if a is not None}
 
 
 def gradient_of(function):
-    """`function`'s value and its gradients by its first two arguments."""
+    """Returns a function for the value and the gradients by the first two arguments."""
     name = keras.backend.backend()
     if name == "jax":
         import jax
@@ -182,111 +189,108 @@ def gradient_of(function):
 
 
 @functools.cache
-def learner(name):
+def training_step(name):
     keras.utils.set_random_seed(1)
-    return Learner(LAYERS[name]())
+    return TrainingStep(LAYERS[name]())
 
 
-def inputs(rng, *shape):
-    return rng.normal(size=(*shape, H)).astype("float32")
-
-
-def not_finite(found):
+def nonfinite_parts(found):
     return [name for name, array in found.items() if not np.isfinite(array).all()]
 
 
-# Of a token, or of the gates: none is out of the reach of float32.
+# Changes of tokens or of the gates. All values are in the range of float32.
 EXTREMES = {
-    "as it is": {},
+    "no change": {},
     "a token of 0": {"token": 0},
     "a large token": {"token": 1e30},
     "a large negative token": {"token": -1e30},
     "tokens of 1e30": {"token": 1e30, "everywhere": True},
     "tokens of 0": {"token": 0, "everywhere": True},
     "tokens of 1e-30": {"token": 1e-30, "everywhere": True},
-    "sure gates": {"scale": 1e3},
-    "very sure gates": {"scale": 1e6},
-    "large tokens and sure gates": {"scale": 1e6, "token": 1e30},
-    "sure of every expert": {"bias": 1e4},
-    "no liking for any expert": {"bias": -40.0},
-    "less": {"bias": -60.0},
-    "hardly a number": {"bias": -95.0},
-    "none": {"bias": -1e4},
+    "confident gates": {"scale": 1e3},
+    "very confident gates": {"scale": 1e6},
+    "a large token and very confident gates": {"scale": 1e6, "token": 1e30},
+    "biases of 1e4": {"bias": 1e4},
+    "biases of -40": {"bias": -40.0},
+    "biases of -60": {"bias": -60.0},
+    "biases of -95": {"bias": -95.0},
+    "biases of -1e4": {"bias": -1e4},
 }
 
 
-@each(LAYERS)
-def test_the_finite_stays_finite(name, rng):
-    learn = learner(name)
-    wrong = {}
-    for what, change in EXTREMES.items():
+@each_layer(LAYERS)
+def test_extreme_values_give_finite_results(name, rng):
+    step = training_step(name)
+    nonfinite = {}
+    for case, change in EXTREMES.items():
         change = dict(change)
         x = inputs(rng, B, T)
         if "token" in change:
-            where = ... if change.pop("everywhere", False) else BAD
-            x[where] = change.pop("token")
-        wrong[what] = not_finite(learn(x, **change))
-    wrong = {what: names for what, names in wrong.items() if names}
-    assert not wrong, wrong
+            position = ... if change.pop("everywhere", False) else POSITION
+            x[position] = change.pop("token")
+        nonfinite[case] = nonfinite_parts(step(x, **change))
+    nonfinite = {case: names for case, names in nonfinite.items() if names}
+    assert not nonfinite, nonfinite
 
 
-@each(LAYERS)
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_a_bad_token_spoils_nobody_else(name, bad, rng):
+@each_layer(LAYERS)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_nonfinite_token_does_not_affect_others(name, value, rng):
     x = inputs(rng, B, T)
-    x[BAD] = bad
+    x[POSITION] = value
     counted = np.ones((B, T, 1), bool)
-    counted[BAD[:1] if name in MIX else BAD] = False
-    found = learner(name)(x, counted)
+    counted[POSITION[:1] if name in MIXING else POSITION] = False
+    found = training_step(name)(x, counted)
     for part in ("outputs", "gradient of inputs"):
         assert np.isfinite(np.where(counted, found[part], 0)).all(), part
-    # Or it was not chosen.
+    # Its own output is nonfinite, or 0 if no expert selects it.
     assert (
-        not np.isfinite(found["outputs"][BAD]).any() or not found["outputs"][BAD].any()
+        not np.isfinite(found["outputs"][POSITION]).any()
+        or not found["outputs"][POSITION].any()
     )
     assert np.isfinite(found["loss"])
-    for path, value in found.items():
-        # What decides about the tokens of the next step.
-        assert not path.endswith("expert_bias") or np.isfinite(value).all()
+    for path, array in found.items():
+        # This bias affects the routing of the next step.
+        assert not path.endswith("expert_bias") or np.isfinite(array).all()
 
 
-@each(LAYERS)
+@each_layer(LAYERS)
 def test_all_tokens_masked(name, rng):
-    # Even of bad numbers.
+    # Masked tokens may be nonfinite.
     x = np.full((B, T, H), np.nan, "float32")
-    found = learner(name)(x, mask=np.zeros((B, T), bool))
-    assert not_finite(found) == []
+    found = training_step(name)(x, mask=np.zeros((B, T), bool))
+    assert nonfinite_parts(found) == []
     assert not found["outputs"].any() and not found["loss"]
     assert not found["gradient of inputs"].any()
 
 
-@each(LAYERS)
+@each_layer(LAYERS)
 @pytest.mark.parametrize(
     "shape", [(5, 1), pytest.param((1, 1), marks=pytest.mark.thorough)]
 )
 def test_one_token(name, shape, rng):
-    learn = Learner(LAYERS[name](), (*shape, H))
-    found = learn(inputs(rng, *shape))
-    assert not_finite(found) == []
+    step = TrainingStep(LAYERS[name](), (*shape, H))
+    found = step(inputs(rng, *shape))
+    assert nonfinite_parts(found) == []
     assert found["outputs"].any()
 
 
-@each(WITH_CAPACITY)
+@each_layer(WITH_CAPACITY)
 def test_one_slot(name, rng):
-    learn = Learner(LAYERS[name](1e-6))
-    wrong = {}
+    step = TrainingStep(LAYERS[name](1e-6))
+    nonfinite = {}
     for scale in (1.0, 1e6):
-        found = learn(inputs(rng, B, T), scale=scale)
-        wrong[scale] = not_finite(found)
-        served = found["outputs"].any(axis=-1).sum(axis=-1)
-        assert (served == T if name == "soft" else served <= E).all()
-        assert (served >= 1).all()
-    assert not any(wrong.values()), wrong
+        found = step(inputs(rng, B, T), scale=scale)
+        nonfinite[scale] = nonfinite_parts(found)
+        routed = found["outputs"].any(axis=-1).sum(axis=-1)
+        assert (routed == T if name == "soft" else routed <= E).all()
+        assert (routed >= 1).all()
+    assert not any(nonfinite.values()), nonfinite
 
 
-@each(LAYERS)
+@each_layer(LAYERS)
 def test_float16_with_loss_scaling(name, rng, policy):
-    """A step that overflows changes no weight; those after it train."""
+    """A step that overflows changes no weight; later steps train."""
     policy("mixed_float16")
     layer = LAYERS[name]()
     model = functional(layer, (T, H))
@@ -295,17 +299,17 @@ def test_float16_with_loss_scaling(name, rng, policy):
         if "router_weights/kernel" in weight.path:
             weight.assign(weight * 1e6)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    good = inputs(rng, B, T)
-    # In float16 an infinity.
-    bad = good.copy()
-    bad[BAD] = 1e30
+    x = inputs(rng, B, T)
+    # Infinite in float16.
+    overflowing = x.copy()
+    overflowing[POSITION] = 1e30
     before = [np.copy(w) for w in model.get_weights()]
-    model.train_on_batch(bad, good)
+    model.train_on_batch(overflowing, x)
     for weight, a, b in zip(model.weights, before, model.get_weights(), strict=True):
         assert np.isfinite(b).all(), weight.path
         assert not weight.trainable or (a == b).all(), weight.path
-    # The scale is halved until the gradients, of 1e6 times the usual, fit.
-    losses = [model.train_on_batch(good, good) for _ in range(6)]
+    # The loss scale is halved until the gradients, about 1e6 times the usual, fit.
+    losses = [model.train_on_batch(x, x) for _ in range(6)]
     assert np.isfinite(losses).all()
     after = model.get_weights()
     assert all(np.isfinite(w).all() for w in after)

@@ -31,23 +31,23 @@ def make_layer(outer=None, inner=None, **kwargs):
     )
 
 
-def route_by_hand(layer, x, capacity):
-    """Which tokens each expert gets, with what weight, of one group `[t, h]`."""
+def expected_routing(layer, x, capacity):
+    """Returns the (token, weight) pairs of each expert, for one group `[t, h]`."""
     gates = {w.path.split("/", 1)[1]: w.numpy() for w in layer.weights}
     outer_slots = top2(
         probabilities(x, gates, "outer"), [True] * len(x), [True] * len(x), capacity
     )
-    sent = []
+    expected = []
     for n, row in enumerate(outer_slots):
         tokens = [token for token, _ in row] + [0] * (capacity - len(row))
         valid = [True] * len(row) + [False] * (capacity - len(row))
         important = [w > 0.5 for _, w in row] + [False] * (capacity - len(row))
         probs = probabilities(x[tokens], gates, "inner", n)
-        # Groups hold `capacity` tokens, so their experts have the capacity:
+        # The capacity of an inner expert follows from `capacity` tokens in its group.
         inner = min(max(round(2.0 * capacity / INNER), 4), capacity)
         for chosen in top2(probs, valid, important, inner):
-            sent.append([(tokens[slot], row[slot][1] * w) for slot, w in chosen])
-    return sent
+            expected.append([(tokens[slot], row[slot][1] * w) for slot, w in chosen])
+    return expected
 
 
 def probabilities(x, gates, name, n=None):
@@ -61,29 +61,29 @@ def probabilities(x, gates, name, n=None):
 
 def top2(probs, valid, important, c):
     slots = [[] for _ in range(probs.shape[1])]
-    turns = []
+    choices = []
     for token, p in enumerate(probs):
         a, b = np.argsort(-p)[:2]
         if not valid[token]:
             continue
         if important[token]:
-            turns += [(0, token, a, p[a] / (p[a] + p[b]))]
-            turns += [(1, token, b, p[b] / (p[a] + p[b]))]
+            choices += [(0, token, a, p[a] / (p[a] + p[b]))]
+            choices += [(1, token, b, p[b] / (p[a] + p[b]))]
         else:
-            turns += [(1, token, a, 1.0)]
-    for _, token, expert, weight in sorted(turns, key=lambda turn: turn[:2]):
+            choices += [(1, token, a, 1.0)]
+    for _, token, expert, weight in sorted(choices, key=lambda choice: choice[:2]):
         if len(slots[expert]) < c:
             slots[expert].append((token, weight))
     return slots
 
 
-def test_both_levels_by_hand(rng):
+def test_both_levels_match_the_expected_routing(rng):
     x = rng.normal(size=(1, 24, H)).astype("float32")
     layer = make_layer(name="moe")
     routing = layer.route(x)
     index = ops.convert_to_numpy(routing.token_index)[0]
     weight = ops.convert_to_numpy(routing.weight)[0]
-    for e, row in enumerate(route_by_hand(layer, x[0], 24)):
+    for e, row in enumerate(expected_routing(layer, x[0], 24)):
         filled = index[e] >= 0
         assert list(index[e][filled]) == [token for token, _ in row]
         np.testing.assert_allclose(
@@ -91,7 +91,7 @@ def test_both_levels_by_hand(rng):
         )
 
 
-def test_shapes_and_shares(rng):
+def test_shapes_and_sums(rng):
     x = rng.normal(size=(3, 24, H)).astype("float32")
     outputs, routing = make_layer()(x, return_routing=True)
     assert outputs.shape == x.shape and isinstance(routing, Slots)
@@ -100,7 +100,7 @@ def test_shapes_and_shares(rng):
         np.testing.assert_allclose(ops.convert_to_numpy(part).sum(-1), 1, rtol=1e-5)
 
 
-def test_masked_tokens_change_nothing(rng):
+def test_masked_tokens_do_not_affect_others(rng):
     x = rng.normal(size=(2, 24, H)).astype("float32")
     mask = rng.random((2, 24)) < 0.6
     layer = make_layer()
@@ -112,7 +112,7 @@ def test_masked_tokens_change_nothing(rng):
     )
 
 
-def test_both_levels_report(rng):
+def test_both_levels_report_metrics_and_losses(rng):
     x = rng.normal(size=(2, 24, H)).astype("float32")
     layer = make_layer(name="moe")
     layer(x)
@@ -134,7 +134,7 @@ def test_the_layer_check(tmp_path):
     check_layer(make_layer, (12, H), tmp_path / "model.keras")
 
 
-def test_another_outer_router(rng):
+def test_other_outer_routers(rng):
     x = rng.normal(size=(2, 24, H)).astype("float32")
     for router in (MaskedRouter, ExpertsChooseMaskedRouter):
         outputs = make_layer(outer=router(OUTER, name="outer"))(x)
@@ -187,12 +187,12 @@ def test_an_outer_router_must_return_slots(rng):
 
 
 @pytest.mark.parametrize(
-    ("outer", "at_most"),
+    ("outer", "maximum"),
     [
         (Top2MaskedRouter(OUTER, name="outer"), 3),
         (MaskedRouter(OUTER, name="outer"), 2),
         (MaskedRouter(OUTER, num_selected_experts=2, name="outer"), 3),
-        # Sigmoids may all be above 1/2.
+        # All sigmoids may be above 1/2.
         (
             MaskedRouter(
                 OUTER, num_selected_experts=2, mechanism="sigmoid", name="outer"
@@ -201,9 +201,9 @@ def test_an_outer_router_must_return_slots(rng):
         ),
     ],
 )
-def test_the_experts_of_a_token_are_at_most(outer, at_most, rng):
+def test_the_maximum_number_of_experts_per_token(outer, maximum, rng):
     layer = make_layer(outer=outer, eval_capacity_factor=99.0, min_expert_capacity=99)
-    assert layer.experts_per_token == at_most
+    assert layer.experts_per_token == maximum
     x = 10 * rng.normal(size=(4, 32, H)).astype("float32")
-    met = ops.convert_to_numpy(layer.route(x).slots_per_token)
-    assert met.max() == at_most
+    counts = ops.convert_to_numpy(layer.route(x).slots_per_token)
+    assert counts.max() == maximum

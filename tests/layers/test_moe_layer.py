@@ -24,7 +24,7 @@ XLA = keras.backend.backend() != "torch"
 
 
 def make_router(k=1, **kwargs):
-    # A gate that has opinions from the start.
+    # The default initializer gives nearly uniform probabilities.
     kwargs = {"kernel_initializer": "glorot_uniform", **kwargs}
     if k is None:
         return ExpertsChooseMaskedRouter(E, **kwargs)
@@ -45,18 +45,18 @@ def make_moe(k=1, factor=1.0, router=None, dtype=None, **kwargs):
     )
 
 
-def by_name(layer):
+def metric_values(layer):
     return {m.name.split("/")[-1]: float(m.result()) for m in layer.metrics}
 
 
-def gate_first(layer):
-    """The weights in the oracle's order."""
+def oracle_weights(layer):
+    """Returns the weights in the order of the oracle's arguments."""
     weights = {w.path.split("/", 1)[1]: w.numpy() for w in layer.weights}
     names = ("router/router_weights", "experts/intermediate", "experts/output")
     return [weights[f"{n}/{part}"] for n in names for part in ("kernel", "bias")]
 
 
-# Some tests want the drops that a small capacity gives.
+# Some tests drop tokens with a small capacity, which gives a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:A capacity factor")
 
 # Outputs and metrics.
@@ -75,7 +75,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:A capacity factor")
         (None, 9.0, 2),
     ],
 )
-def test_outputs_and_metrics_are_the_oracle_s(k, factor, examples, rng):
+def test_outputs_and_metrics_match_the_oracle(k, factor, examples, rng):
     x = inputs(rng, 5, 8)
     mask = rng.random((5, 8)) < 0.8
     for m in (None, mask):
@@ -83,21 +83,21 @@ def test_outputs_and_metrics_are_the_oracle_s(k, factor, examples, rng):
         outputs = numpy_call(layer, x, mask=m)
         expected, metrics = oracle.moe(
             x,
-            gate_first(layer),
+            oracle_weights(layer),
             factor=factor,
             examples_per_group=examples,
             mask=m,
             k=k,
         )
         np.testing.assert_allclose(outputs, expected, atol=1e-5)
-        found = by_name(layer)
+        found = metric_values(layer)
         assert found.pop("router_z_loss") == 0
         assert found == pytest.approx(metrics, abs=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8,), (4, 2), (2, 2, 2), (2, 2, 1, 2)])
-def test_any_rank_from_2(shape, rng):
-    """The axes between batch and hidden only say which tokens lie together."""
+def test_inputs_of_rank_2_and_more(shape, rng):
+    """The axes between batch and hidden only determine how tokens are grouped."""
     x = inputs(rng, *shape)
     layer = make_moe(examples_per_group=None)
     outputs = numpy_call(layer, x)
@@ -110,26 +110,30 @@ def test_rank_2_with_several_examples_per_group(rng):
     x = inputs(rng, 7)
     layer = make_moe(examples_per_group=3)
     expected, _ = oracle.moe(
-        x[:, None], gate_first_of(layer, x), factor=1.0, examples_per_group=3, k=1
+        x[:, None],
+        build_and_get_oracle_weights(layer, x),
+        factor=1.0,
+        examples_per_group=3,
+        k=1,
     )
     np.testing.assert_allclose(numpy_call(layer, x), expected[:, 0], atol=1e-5)
 
 
-def gate_first_of(layer, x):
+def build_and_get_oracle_weights(layer, x):
     layer(x)
-    return gate_first(layer)
+    return oracle_weights(layer)
 
 
-def test_a_dropped_token_gets_0_and_a_residual_carries_it(rng):
+def test_a_dropped_token_has_an_output_of_0(rng):
     layer = make_moe(factor=0.25, router=make_router(bias_initializer=prefer_first))
     x = inputs(rng, 1, 16)
     outputs = numpy_call(layer, x)
-    # One slot an expert, and everybody wants the first.
+    # All tokens select expert 0, which has one slot.
     assert outputs[0, 0].any() and not outputs[0, 1:].any()
-    assert by_name(layer)["fraction_tokens_left_behind"] == pytest.approx(15 / 16)
+    assert metric_values(layer)["fraction_tokens_left_behind"] == pytest.approx(15 / 16)
 
 
-def test_the_capacity_is_that_of_training_or_evaluation(rng):
+def test_the_capacity_in_training_and_in_evaluation(rng):
     x = inputs(rng, 2, 16)
     layer = MoeLayer(
         FeedForwardExperts(E, F),
@@ -144,19 +148,19 @@ def test_the_capacity_is_that_of_training_or_evaluation(rng):
 
 
 def test_masks(rng):
-    """A masked token gets 0 and changes nothing for the others."""
+    """A masked token has an output of 0 and does not affect the others."""
     x = inputs(rng, 3, 8)
     mask = rng.random((3, 8)) < 0.6
     for k in (1, None):
         layer = make_moe(k, factor=2.0)
         outputs = numpy_call(layer, x, mask=mask)
         assert not outputs[~mask].any()
-        metrics = by_name(layer)
+        metrics = metric_values(layer)
         other = np.where(mask[..., None], x, np.nan)
         for m in layer.metrics:
             m.reset_state()
         np.testing.assert_array_equal(numpy_call(layer, other, mask=mask), outputs)
-        assert by_name(layer) == metrics
+        assert metric_values(layer) == metrics
 
 
 def test_all_masked(rng):
@@ -164,7 +168,7 @@ def test_all_masked(rng):
     outputs = numpy_call(layer, inputs(rng, 2, 8), mask=np.zeros((2, 8), bool))
     assert not outputs.any()
     assert all(float(loss) == 0 for loss in layer.losses)
-    assert set(by_name(layer).values()) == {0.0}
+    assert set(metric_values(layer).values()) == {0.0}
 
 
 def test_the_mask_of_an_embedding_is_used_and_passed_on():
@@ -182,20 +186,20 @@ def test_the_mask_of_an_embedding_is_used_and_passed_on():
     assert not outputs[x == 0].any()
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("k", [1, 2, None])
-def test_a_bad_token_spoils_nobody_else(bad, k, rng):
+def test_a_nonfinite_token_does_not_affect_others(value, k, rng):
     x = inputs(rng, 3, 8)
-    x[1, 3] = bad
+    x[1, 3] = value
     layer = make_moe(k, factor=2.0)
     outputs, routing = layer(x, return_routing=True)
     outputs = ops.convert_to_numpy(outputs)
     index = ops.convert_to_numpy(routing.token_index)
     np.testing.assert_array_equal(np.isfinite(outputs[[0, 2]]), True)
-    served_with_it = {t for row in index[1] if 3 in row for t in row}
-    for token in set(range(8)) - served_with_it:
+    with_same_expert = {t for row in index[1] if 3 in row for t in row}
+    for token in set(range(8)) - with_same_expert:
         assert np.isfinite(outputs[1, token]).all()
-    # Nor those beside it in a buffer: an expert works row by row.
+    # Experts process rows separately, so that other tokens of an expert stay finite.
     assert np.isfinite(np.delete(outputs[1], 3, axis=0)).all()
 
 
@@ -213,13 +217,13 @@ def test_return_routing(rng):
     assert model.predict(x, verbose=0)[1].shape == (3, E, 4)
 
 
-def test_route_leaves_no_trace(rng):
+def test_route_adds_no_losses_or_metrics(rng):
     x = inputs(rng, 3, 8)
     layer = make_moe(2, factor=1.0)
     routing = layer.route(x)
     assert layer.losses == [] and layer.metrics == []
-    _, of_call = layer(x, return_routing=True)
-    for a, b in zip(routing, of_call, strict=True):
+    _, from_call = layer(x, return_routing=True)
+    for a, b in zip(routing, from_call, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
     mask = np.zeros((3, 8), bool)
     assert (ops.convert_to_numpy(layer.route(x, mask).token_index) == -1).all()
@@ -231,14 +235,15 @@ def test_balance_loss(rng):
     layer = make_moe()
     loss = float(layer.balance_loss(layer.route(x)))
     layer(x)
-    assert loss == pytest.approx(by_name(layer)["load_balancing_loss"])
+    assert loss == pytest.approx(metric_values(layer)["load_balancing_loss"])
     assert float(layer.losses[0]) == pytest.approx(0.01 * loss)
     collapsed = make_moe(router=make_router(bias_initializer=prefer_first))
     assert float(collapsed.balance_loss(collapsed.route(x))) == pytest.approx(E)
-    nobody = layer.route(x, mask=np.zeros((3, 8), bool))
-    assert float(layer.balance_loss(nobody)) == 0
-    chosen = make_moe(None)
-    assert float(chosen.balance_loss(chosen.route(x))) == pytest.approx(1)
+    all_masked = layer.route(x, mask=np.zeros((3, 8), bool))
+    assert float(layer.balance_loss(all_masked)) == 0
+    expert_choice = make_moe(None)
+    loss = expert_choice.balance_loss(expert_choice.route(x))
+    assert float(loss) == pytest.approx(1)
 
 
 # Inside models.
@@ -265,7 +270,7 @@ def test_the_layer_check_with_a_backbone(tmp_path):
     check_layer(make_with_backbone, (12, H), tmp_path / "model.keras")
 
 
-def test_a_backbone_is_added(rng):
+def test_the_output_of_the_backbone_is_added(rng):
     x = inputs(rng, 3, 8)
     layer = make_with_backbone()
     outputs = numpy_call(layer, x)
@@ -282,7 +287,7 @@ def test_a_backbone_is_added(rng):
     ]
 
 
-def test_the_weights_are_at_the_paths_of_model_garden(rng):
+def test_weight_paths_match_model_garden(rng):
     layer = make_moe(name="moe")
     layer(inputs(rng, 2, 4))
     assert {w.path: w.shape for w in layer.weights} == {
@@ -295,9 +300,6 @@ def test_the_weights_are_at_the_paths_of_model_garden(rng):
     }
 
 
-METRICS = Router.metric_names
-
-
 def two_layers():
     x = keras.Input((8, H))
     y = x + make_moe(2, factor=2.0, name="first")(x)
@@ -306,14 +308,14 @@ def two_layers():
 
 
 def expected_logs(model, batches, training):
-    """Each metric of both layers, by the oracle, averaged over the batches."""
+    """Returns the oracle's metrics of both layers, averaged over the batches."""
     first, second = model.get_layer("first"), model.get_layer("second")
     logs = {}
     for x in batches:
         for layer, k in ((first, 2), (second, None)):
             factor = layer.train_capacity_factor
             factor = factor if training else layer.eval_capacity_factor
-            y, metrics = oracle.moe(x, gate_first(layer), factor=factor, k=k)
+            y, metrics = oracle.moe(x, oracle_weights(layer), factor=factor, k=k)
             x = x + y
             metrics["router_z_loss"] = 0.0
             for name, value in metrics.items():
@@ -329,9 +331,9 @@ def expected_logs(model, batches, training):
         pytest.param({"jit_compile": XLA}, marks=pytest.mark.thorough),
     ],
 )
-def test_twelve_right_metrics_in_the_history(arguments, rng, tmp_path):
+def test_the_history_holds_twelve_correct_metrics(arguments, rng, tmp_path):
     model = two_layers()
-    # With a learning rate of 0 the oracle can tell every batch.
+    # With a learning rate of 0, the oracle can compute the metrics of every batch.
     model.compile(keras.optimizers.SGD(0.0), "mse", **arguments)
     x, val = inputs(rng, 6, 8), inputs(rng, 4, 8)
     fit = {"batch_size": 2, "epochs": 2, "shuffle": False, "verbose": 0}
@@ -343,7 +345,7 @@ def test_twelve_right_metrics_in_the_history(arguments, rng, tmp_path):
         assert history[name] == pytest.approx([trained[name]] * 2, abs=1e-5)
         assert history[f"val_{name}"] == pytest.approx([validated[name]] * 2, abs=1e-5)
     assert len(history) == 2 * 13
-    # And so after loading and cloning.
+    # The same holds after loading and cloning.
     model.save(tmp_path / "model.keras")
     clone = keras.models.clone_model(model)
     clone.set_weights(model.get_weights())
@@ -354,7 +356,7 @@ def test_twelve_right_metrics_in_the_history(arguments, rng, tmp_path):
 
 
 def test_losses_train_the_router(rng):
-    """Balance and z-loss reach the gate when nothing else does."""
+    """The balance loss and the z-loss train the gate without any other gradient."""
     x = inputs(rng, 4, 16)
     router = make_router(
         bias_initializer=prefer_first,
@@ -384,7 +386,7 @@ def test_unknown_lengths(examples, rng):
     for shape in ((3, 8), (2, 5), (1, 1)):
         data = inputs(rng, *shape)
         expected, _ = oracle.moe(
-            data, gate_first(layer), factor=1.0, examples_per_group=examples, k=1
+            data, oracle_weights(layer), factor=1.0, examples_per_group=examples, k=1
         )
         outputs = model.predict_on_batch(data)
         np.testing.assert_allclose(outputs, expected, atol=1e-5)
@@ -397,13 +399,13 @@ def test_a_shared_layer_of_two_lengths(rng):
     model = keras.Model([a, b], [layer(a), layer(b)])
     x, y = inputs(rng, 2, 8), inputs(rng, 2, 5)
     for found, data in zip(model.predict([x, y], verbose=0), (x, y), strict=True):
-        expected, _ = oracle.moe(data, gate_first(layer), factor=1.0, k=1)
+        expected, _ = oracle.moe(data, oracle_weights(layer), factor=1.0, k=1)
         np.testing.assert_allclose(found, expected, atol=1e-5)
     model.compile("sgd", "mse")
     model.fit([x, y], [x, y], verbose=0)
 
 
-def test_a_frozen_layer_stays_and_still_reports(rng):
+def test_a_frozen_layer_reports_metrics_but_does_not_train(rng):
     x = inputs(rng, 4, 8)
     layer = make_moe(name="moe")
     layer.trainable = False
@@ -417,7 +419,7 @@ def test_a_frozen_layer_stays_and_still_reports(rng):
     assert history["moe/expert_usage"][0] > 0
 
 
-def test_blocks_without_a_build(rng):
+def test_subclassed_blocks_without_build(rng):
     class Block(keras.layers.Layer):
         def __init__(self, **kwargs):
             super().__init__(**kwargs)
@@ -456,7 +458,7 @@ def test_nested_functional_models(rng):
     assert len(history) == 13
 
 
-def test_a_last_batch_that_is_not_full(rng):
+def test_a_partial_last_batch(rng):
     x = inputs(rng, 7, 8)
     layer = make_moe(examples_per_group=2)
     model = functional(layer, (8, H))
@@ -465,7 +467,7 @@ def test_a_last_batch_that_is_not_full(rng):
     outputs = model.predict(x, batch_size=4, verbose=0)
     for part in (slice(0, 4), slice(4, 7)):
         expected, _ = oracle.moe(
-            x[part], gate_first(layer), factor=1.0, examples_per_group=2, k=1
+            x[part], oracle_weights(layer), factor=1.0, examples_per_group=2, k=1
         )
         np.testing.assert_allclose(outputs[part], expected, atol=1e-5)
 
@@ -473,7 +475,7 @@ def test_a_last_batch_that_is_not_full(rng):
 def test_float64(float64, rng):
     layer = make_moe(2, factor=2.0, router=make_router(2, router_z_loss_weight=0.1))
     x = inputs(rng, 4, 8).astype("float64")
-    expected, _ = oracle.moe(x, gate_first_of(layer, x), factor=2.0, k=2)
+    expected, _ = oracle.moe(x, build_and_get_oracle_weights(layer, x), factor=2.0, k=2)
     outputs = numpy_call(layer, x)
     assert outputs.dtype == np.float64
     np.testing.assert_allclose(outputs, expected, atol=1e-6)
@@ -485,7 +487,7 @@ def test_float64(float64, rng):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_routing_does_not_change_in_low_precision(dtype, rng):
-    """The same inputs, exact in both, are routed alike; only experts round."""
+    """Inputs that are exact in both dtypes are routed the same; only experts round."""
     x = rng.integers(-8, 8, size=(4, 8, H)) / 4
     x = x.astype("float32")
     full = make_moe(2, factor=1.0)
@@ -498,7 +500,7 @@ def test_routing_does_not_change_in_low_precision(dtype, rng):
     np.testing.assert_allclose(rounded, numpy_call(full, x), atol=0.05)
 
 
-# Layers of one's own.
+# Custom layers.
 
 
 @keras.saving.register_keras_serializable(package="tests")
@@ -513,7 +515,7 @@ class MaskedMatmulRouter(MaskedRouter):
         return 0.0
 
 
-def test_a_dense_routing_gives_the_same(rng):
+def test_a_dense_routing_gives_the_same_outputs(rng):
     x = inputs(rng, 5, 8)
     ours = make_moe(2, factor=1.0)
     dense = make_moe(
@@ -528,8 +530,8 @@ def test_a_dense_routing_gives_the_same(rng):
     for m in (*ours.metrics, *dense.metrics):
         m.reset_state()
     np.testing.assert_allclose(numpy_call(dense, x), numpy_call(ours, x), atol=1e-5)
-    expected = {**by_name(ours), "load_balancing_loss": 0.0}
-    assert by_name(dense) == pytest.approx(expected, abs=1e-6)
+    expected = {**metric_values(ours), "load_balancing_loss": 0.0}
+    assert metric_values(dense) == pytest.approx(expected, abs=1e-6)
     with pytest.raises(TypeError, match=r"routing with probabilities.*RouterMask"):
         dense.balance_loss(dense.route(x))
     model = functional(dense, (8, H))
@@ -537,8 +539,8 @@ def test_a_dense_routing_gives_the_same(rng):
     model.fit(x, x, verbose=0)
 
 
-def test_experts_of_one_s_own_need_no_build(rng):
-    class Scales(keras.layers.Layer):
+def test_custom_experts_need_no_build(rng):
+    class SharedDense(keras.layers.Layer):
         def __init__(self):
             super().__init__(name="experts")
             self.num_experts = E
@@ -547,7 +549,7 @@ def test_experts_of_one_s_own_need_no_build(rng):
         def call(self, inputs):
             return self.dense(inputs)
 
-    layer = MoeLayer(Scales(), make_router())
+    layer = MoeLayer(SharedDense(), make_router())
     x = inputs(rng, 4, 8)
     model = functional(layer, (8, H))
     model.compile("sgd", "mse")
@@ -566,7 +568,7 @@ def test_experts_must_keep_the_shape():
         MoeLayer(Widen(), make_router())(np.zeros((2, 3, H)))
 
 
-def test_a_router_without_export_leaves_nothing(rng):
+def test_a_router_without_exported_metrics_has_no_state(rng):
     layer = make_moe(router=make_router(export_metrics=False))
     model = functional(layer, (8, H))
     model.compile("sgd", "mse")
@@ -603,25 +605,25 @@ def test_bad_arguments(arguments, error, message):
         MoeLayer(**{**parts, **arguments})
 
 
-def test_a_capacity_below_k_is_warned_of():
+def test_a_capacity_factor_below_k_gives_a_warning():
     parts = FeedForwardExperts(E, F), MaskedRouter(E, num_selected_experts=2)
     with pytest.warns(UserWarning, match="capacity factor of 1 is below .* 2: some"):
         MoeLayer(*parts, train_capacity_factor=2.0)
 
 
 @pytest.mark.parametrize("shape", [(H,), ()])
-def test_a_rank_below_2(shape):
+def test_inputs_below_rank_2_are_refused(shape):
     with pytest.raises(ValueError, match=r"\(batch, ..., hidden\)"):
         make_moe()(np.zeros(shape, "float32"))
 
 
 @pytest.mark.parametrize("examples", [1, 0.5])
-def test_groups_of_a_single_token(examples):
+def test_groups_of_a_single_token_are_refused(examples):
     with pytest.raises(ValueError, match="`examples_per_group=None`, or a number"):
         make_moe(examples_per_group=examples)(np.zeros((4, H), "float32"))
 
 
-def test_a_mask_of_another_shape():
+def test_a_mask_of_a_different_shape_is_refused():
     layer = make_moe()
     with pytest.raises(ValueError, match=r"`mask` must have the shape.*\(2, 3\)"):
         layer(np.zeros((2, 4, H), "float32"), mask=np.ones((2, 3), bool))
@@ -633,7 +635,7 @@ def test_a_mask_of_another_shape():
         layer.route(np.zeros((2, 4, H), "float32"), mask=np.ones((2, 3), bool))
 
 
-def test_another_hidden_size():
+def test_a_different_hidden_size_is_refused():
     layer = make_moe()
     layer(np.zeros((2, 4, H), "float32"))
     with pytest.raises(ValueError, match="axis -1"):
@@ -647,7 +649,7 @@ def test_a_backbone_needs_a_moe_layer():
         MoeLayerWithBackbone(make_moe(), 0)
 
 
-def test_place_and_top_k_are_what_the_router_does(rng):
+def test_assign_slots_and_top_k_match_the_router(rng):
     x = inputs(rng, 2, 8)
     layer = make_moe(2, factor=2.0)
     routing = layer.route(x)
@@ -657,7 +659,7 @@ def test_place_and_top_k_are_what_the_router_does(rng):
 
 
 class Block(keras.layers.Layer):
-    """A block that is given its layer, and says nothing of shapes."""
+    """A block that receives its layer and does not define any shapes."""
 
     def __init__(self, moe, **kwargs):
         super().__init__(**kwargs)
@@ -691,7 +693,7 @@ def test_symbolic_calls_with_unknown_sizes(k, examples, length, rng):
     layer(x, return_routing=True)
 
 
-def test_blocks_that_hold_layers_keep_them_apart(rng, tmp_path):
+def test_layers_in_blocks_have_different_metric_names(rng, tmp_path):
     x = keras.Input((8, H))
     y = Block(make_moe(name="moe"), name="a")(x)
     y = Block(make_moe(name="moe"), name="b")(y)
@@ -707,18 +709,18 @@ def test_blocks_that_hold_layers_keep_them_apart(rng, tmp_path):
         assert [w.path for w in other.weights] == [w.path for w in model.weights]
 
 
-def test_a_factor_beyond_all_numbers_means_no_drops(rng):
+def test_a_very_large_capacity_factor_drops_nothing(rng):
     layer = make_moe(factor=1e30, examples_per_group=None)
     x = keras.Input((None, H))
     model = keras.Model(x, layer(x))
     data = inputs(rng, 3, 8)
-    served = ops.convert_to_numpy(layer.route(data).slots_per_token)
-    assert (served == 1).all()
+    slots_per_token = ops.convert_to_numpy(layer.route(data).slots_per_token)
+    assert (slots_per_token == 1).all()
     expected = numpy_call(layer, data)
     np.testing.assert_allclose(model.predict(data, verbose=0), expected, atol=1e-5)
 
 
-def test_the_output_has_the_layer_s_dtype_and_not_the_experts_s(rng):
+def test_the_output_dtype_is_that_of_the_layer(rng):
     layer = MoeLayer(FeedForwardExperts(E, F), MaskedRouter(E), dtype="bfloat16")
     assert layer(keras.Input((8, H))).dtype == "bfloat16"
     outputs = layer(inputs(rng, 2, 8))
@@ -726,15 +728,15 @@ def test_the_output_has_the_layer_s_dtype_and_not_the_experts_s(rng):
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
-def test_nothing_at_all(shape, rng):
+def test_empty_inputs(shape, rng):
     for examples in (1, 2, None):
         layer = make_moe(examples_per_group=examples)
         outputs = numpy_call(layer, inputs(rng, *shape))
         assert outputs.shape == (*shape, H)
-        assert set(by_name(layer).values()) == {0.0}
+        assert set(metric_values(layer).values()) == {0.0}
 
 
-def test_a_router_that_returns_something_else():
+def test_a_router_that_returns_another_type_is_refused():
     class Wrong(Router):
         def compute_routing(self, probs, expert_capacity, training=None):
             return probs, probs

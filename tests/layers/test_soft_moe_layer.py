@@ -18,7 +18,7 @@ def make_soft(**kwargs):
 
 
 def soft_moe(x, layer):
-    """The paper's equations for one group `[t, h]`, with loops."""
+    """Computes the paper's equations for one group `[t, h]`, with loops."""
     slots, scale, *experts = (
         {w.path.split("/", 1)[1]: w.numpy().astype("float64") for w in layer.weights}[n]
         for n in (
@@ -30,12 +30,12 @@ def soft_moe(x, layer):
             "experts/output/bias",
         )
     )
-    length = np.linalg.norm
+    norm = np.linalg.norm
     logits = np.zeros((len(x), E * C))
     for t in range(len(x)):
         for slot in range(E * C):
             s = slots[:, slot // C, slot % C]
-            logits[t, slot] = scale * (x[t] @ s) / length(x[t]) / length(s)
+            logits[t, slot] = scale * (x[t] @ s) / norm(x[t]) / norm(s)
     dispatch = oracle.softmax(logits.T).T
     combine = oracle.softmax(logits)
     results = [
@@ -45,7 +45,7 @@ def soft_moe(x, layer):
     return combine @ np.array(results)
 
 
-def test_the_paper_s_equations(rng):
+def test_outputs_match_the_equations_of_the_paper(rng):
     x = rng.normal(size=(4, 5, H)).astype("float32")
     layer = make_soft(name="soft")
     layer.build(x.shape)
@@ -55,7 +55,7 @@ def test_the_paper_s_equations(rng):
         np.testing.assert_allclose(outputs[i], soft_moe(x[i], layer), atol=1e-5)
 
 
-def test_masked_tokens_enter_no_slot_and_get_0(rng):
+def test_masked_tokens_do_not_affect_others_and_have_outputs_of_0(rng):
     x = rng.normal(size=(3, 5, H)).astype("float32")
     mask = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 0, 1], [0] * 5], bool)
     layer = make_soft(name="soft")
@@ -66,7 +66,7 @@ def test_masked_tokens_enter_no_slot_and_get_0(rng):
         np.testing.assert_allclose(outputs[i][mask[i]], expected, atol=1e-5)
 
 
-def test_slots_and_outputs_are_means(rng):
+def test_dispatch_and_combine_weights_sum_to_1(rng):
     x = rng.normal(size=(4, 5, H)).astype("float32")
     layer = make_soft(examples_per_group=2)
     _, routing = layer(x, return_routing=True)

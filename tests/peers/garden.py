@@ -1,7 +1,7 @@
 """Model Garden's MoE layer, and ours with its weights.
 
-Its module is loaded by path: importing it the usual way would import all of
-Model Garden, with dependencies that the module does not use.
+The module is loaded by path: a normal import would import all of Model Garden, with
+dependencies that the module does not use.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ def pair(
     z_weight=0.0,
     backbone=None,
 ):
-    """`(theirs, ours)`, where experts choose, with biases that are not 0.
+    """Returns `(theirs, ours)`, with expert choice and with biases other than 0.
 
     Args:
         num_experts: int.
@@ -80,7 +80,7 @@ def pair(
 
 
 def by_path(layer):
-    """Their weights by the paths of ours."""
+    """Returns their weights by the paths of our weights."""
     return {w.name.split(":")[0]: w for w in layer.trainable_weights}
 
 

@@ -1,4 +1,4 @@
-"""keras-hub's MoE blocks, and our layer with the weights of Qwen3-MoE's."""
+"""keras-hub's MoE blocks, and our layer with the weights of a Qwen3-MoE block."""
 
 import importlib
 
@@ -8,14 +8,14 @@ from keras_moe import convert, presets
 
 
 def block_class(model):
-    """The block of `"mixtral"`, `"qwen_moe"`, `"qwen3_moe"` or `"qwen3_5_moe"`."""
+    """Returns the class of the MoE block of a model, such as `"qwen3_moe"`."""
     module = importlib.import_module(f"keras_hub.src.models.{model}.{model}_decoder")
     (name,) = (name for name in vars(module) if name.endswith("SparseMoeBlock"))
     return getattr(module, name)
 
 
 def pair(num_experts, hidden, d_ff, k):
-    """`(block, layer)`, where the block's balance loss has weight 1."""
+    """Returns `(block, layer)`; the block's balance loss has weight 1."""
     block = block_class("qwen3_moe")(
         hidden, d_ff, num_experts, k, True, router_aux_loss_coefficient=1.0
     )
@@ -29,9 +29,9 @@ def pair(num_experts, hidden, d_ff, k):
 
 
 def by_path(arrays):
-    """The gradients of the block's weights by the paths of ours."""
+    """Returns the gradients of the block's weights by the paths of our weights."""
     router, gate_and_inner, output = arrays
-    # The kernels of gate and inner layer lie side by side.
+    # The block concatenates the kernels of the gate and of the inner layer.
     gate, inner = np.split(gate_and_inner, 2, axis=-1)
     return {
         "router/router_weights/kernel": router,

@@ -8,7 +8,7 @@ from keras_moe import convert, presets
 
 
 def pair(num_experts, hidden, d_ff, k, implementation="eager"):
-    """`(block, layer)`, in float32.
+    """Returns `(block, layer)`, in float32.
 
     Args:
         num_experts: int.
@@ -36,13 +36,13 @@ def pair(num_experts, hidden, d_ff, k, implementation="eager"):
     return block, layer
 
 
-def by_path(block, of):
-    """What is `of` the block's parameters, by the paths of our weights."""
-    gate, inner = of(block.experts.gate_up_proj).chunk(2, dim=1)
+def by_path(block, get):
+    """Returns `get(parameter)` of all parameters, by the paths of our weights."""
+    gate, inner = get(block.experts.gate_up_proj).chunk(2, dim=1)
     parts = {
-        "router/router_weights/kernel": of(block.gate.weight).T,
+        "router/router_weights/kernel": get(block.gate.weight).T,
         "experts/gate/kernel": gate.transpose(1, 2),
         "experts/intermediate/kernel": inner.transpose(1, 2),
-        "experts/output/kernel": of(block.experts.down_proj).transpose(1, 2),
+        "experts/output/kernel": get(block.experts.down_proj).transpose(1, 2),
     }
     return {path: part.detach().numpy() for path, part in parts.items()}

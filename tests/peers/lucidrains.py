@@ -8,16 +8,16 @@ from keras_moe.convert import load_weights
 
 
 def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluation=2.0):
-    """`(theirs, ours)`.
+    """Returns `(theirs, ours)`.
 
     Args:
         num_experts: int.
         hidden: int.
         d_ff: int.
-        policy: what becomes of second choices, in training and outside it.
-        threshold: float, of our policy; theirs is 0.2.
+        policy: the policy for second choices, in training and evaluation.
+        threshold: float, the threshold of our policy; theirs is 0.2.
         train: float, the capacity factor in training.
-        evaluation: float, the capacity factor outside training.
+        evaluation: float, the capacity factor in evaluation.
     """
     theirs = MoE(
         hidden,
@@ -29,7 +29,7 @@ def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluatio
         capacity_factor_eval=evaluation,
         loss_coef=1e-2,
     )
-    strengthen(theirs.experts)
+    enlarge_weights(theirs.experts)
     ours = MoeLayer(
         FeedForwardExperts(num_experts, d_ff, activation="relu", use_bias=False),
         Top2MaskedRouter(
@@ -50,8 +50,8 @@ def pair(num_experts, hidden, d_ff, policy, threshold=0.2, train=1.25, evaluatio
     return theirs, ours
 
 
-def strengthen(experts):
-    """Their weights start at nearly nothing."""
+def enlarge_weights(experts):
+    """Assigns larger weights to their experts, whose initial weights are close to 0."""
     with torch.no_grad():
         for kernel in (experts.w1, experts.w2):
             kernel.normal_(std=kernel.shape[-2] ** -0.5)

@@ -1,4 +1,4 @@
-"""keras-hub's models, accelerated: the same answers. On three backends."""
+"""Accelerated models of keras-hub give the same results, on three backends."""
 
 import hub
 import keras
@@ -36,7 +36,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 def make_backbone(name):
     keras.utils.set_random_seed(2)
     backbone = getattr(keras_hub.models, f"{name}Backbone")(**SMALL, **MODELS[name])
-    for weight in backbone.weights:  # Far from 0, so that experts differ.
+    for weight in backbone.weights:  # Large enough for the experts to differ.
         if len(weight.shape) > 1:
             weight.assign(
                 keras.random.normal(weight.shape, stddev=weight.shape[-2] ** -0.5)
@@ -62,15 +62,15 @@ def test_outputs_and_files(name, data, tmp_path):
     np.testing.assert_allclose(backbone.predict_on_batch(data), expected, atol=1e-4)
     assert [weight.path for weight in backbone.weights] == paths
     backbone.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(again.predict_on_batch(data), expected, atol=1e-4)
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict_on_batch(data), expected, atol=1e-4)
     np.testing.assert_allclose(
-        accelerate(again).predict_on_batch(data), expected, atol=1e-4
+        accelerate(loaded).predict_on_batch(data), expected, atol=1e-4
     )
 
 
-def trained(name, data, change):
-    """Losses of some steps, and the weights after them."""
+def train(name, data, change):
+    """Returns the losses of three steps, and the weights after them."""
     model = change(make_backbone(name))
     model.compile(keras.optimizers.SGD(0.01), "mse")
     target = np.ones((3, T, H), "float32")
@@ -80,8 +80,8 @@ def trained(name, data, change):
 
 @each_model
 def test_training_and_the_balance_loss(name, data):
-    losses, weights = trained(name, data, accelerate)
-    expected_losses, expected = trained(name, data, lambda model: model)
+    losses, weights = train(name, data, accelerate)
+    expected_losses, expected = train(name, data, lambda model: model)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-4)
     for found, weight in zip(weights, expected, strict=True):
         np.testing.assert_allclose(found, weight, atol=1e-4)
@@ -111,14 +111,14 @@ def make_blocks():
     }
 
 
-# The rank of the masks that each block takes.
+# The rank of the attention mask of each block.
 MASKS = {"mixtral": 2, "qwen_moe": 3, "qwen3_moe": 3, "qwen3_5_moe": 2}
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", MASKS)
 def test_blocks(name, masked, rng):
-    """Outputs, logits and balance loss."""
+    """Compares outputs, logits and the balance loss."""
     block = make_blocks()[name]
     block.build((None, None, H))
     x = ops.convert_to_tensor(rng.normal(size=(3, T, H)).astype("float32"))
@@ -139,8 +139,8 @@ def test_blocks(name, masked, rng):
         np.testing.assert_allclose(found, value, atol=1e-5)
 
 
-def test_what_cannot_be_accelerated():
-    with pytest.raises(ValueError, match="must hold blocks of keras-hub"):
+def test_unsupported_models():
+    with pytest.raises(ValueError, match="must contain blocks of keras-hub"):
         accelerate(keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]))
     block = make_blocks()["mixtral"]
     with pytest.raises(ValueError, match="must be built"):
@@ -151,5 +151,5 @@ def test_what_cannot_be_accelerated():
         accelerate(block)
     backbone = make_backbone("Mixtral")
     backbone.quantize("int8")
-    with pytest.raises(ValueError, match="must not be quantised"):
+    with pytest.raises(ValueError, match="must not be quantized"):
         accelerate(backbone)

@@ -1,4 +1,4 @@
-"""Weights of the real blocks, there and back: equal outputs."""
+"""Weights of the original blocks, imported and exported: equal outputs."""
 
 import hub
 import keras
@@ -91,7 +91,7 @@ def deepseek_v3():
 
 
 def switch():
-    """With 3 slots for 10 tokens: some are dropped."""
+    """Each expert has 3 slots for 10 tokens, so that some tokens are dropped."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=20,
         d_model=H,
@@ -109,7 +109,7 @@ def switch():
     return transformers.SwitchTransformersForConditionalGeneration(config), layer
 
 
-# Where the block is, in the model and in its files.
+# The path of the block in the model, and in its files.
 HUGGING = {
     mixtral: ("model.layers.0.mlp", "model.layers.0.block_sparse_moe"),
     qwen2_moe: ("model.layers.0.mlp",) * 2,
@@ -118,7 +118,9 @@ HUGGING = {
     deepseek_v3: ("model.layers.0.mlp",) * 2,
     switch: ("encoder.block.0.layer.1.mlp",) * 2,
 }
-of_hugging_face = pytest.mark.parametrize("make", HUGGING, ids=lambda f: f.__name__)
+each_hugging_face_block = pytest.mark.parametrize(
+    "make", HUGGING, ids=lambda f: f.__name__
+)
 
 
 @pytest.fixture
@@ -127,7 +129,7 @@ def x(rng):
 
 
 def random_model(make):
-    """`(model, block, layer)`, the block's weights far from 0."""
+    """Returns `(model, block, layer)`, with large random weights in the block."""
     model, layer = make()
     layer.build((None, T, H))
     block = model.eval().get_submodule(HUGGING[make][0])
@@ -144,15 +146,15 @@ def check(layer, block, x):
     assert np.abs(expected).max() > 0.1
 
 
-@of_hugging_face
-def test_a_module_of_transformers(make, x):
+@each_hugging_face_block
+def test_load_from_a_transformers_module(make, x):
     _, block, layer = random_model(make)
     load_weights(layer, block, make.__name__)
     check(layer, block, x)
 
 
-@of_hugging_face
-def test_back_into_a_module_of_transformers(make, x):
+@each_hugging_face_block
+def test_export_to_a_transformers_module(make, x):
     _, block, layer = random_model(make)
     load_weights(layer, random_model(make)[1], make.__name__)
     tensors = to_tensors(layer, make.__name__, stacked=True)
@@ -160,8 +162,8 @@ def test_back_into_a_module_of_transformers(make, x):
     check(layer, block, x)
 
 
-@of_hugging_face
-def test_files_of_transformers(make, x, tmp_path):
+@each_hugging_face_block
+def test_load_from_transformers_files(make, x, tmp_path):
     model, block, layer = random_model(make)
     model.save_pretrained(tmp_path, max_shard_size="4KB")
     prefix = HUGGING[make][1] + "."
@@ -169,8 +171,8 @@ def test_files_of_transformers(make, x, tmp_path):
     check(layer, block, x)
 
 
-@of_hugging_face
-def test_back_into_files_of_transformers(make, x, tmp_path):
+@each_hugging_face_block
+def test_export_to_transformers_files(make, x, tmp_path):
     model, _, layer = random_model(make)
     load_weights(layer, random_model(make)[1], make.__name__)
     model.save_pretrained(tmp_path)
@@ -179,8 +181,8 @@ def test_back_into_files_of_transformers(make, x, tmp_path):
     assert ours.keys() <= tensors.keys()
     ours = {name: np.ascontiguousarray(array) for name, array in ours.items()}
     save_file(tensors | ours, tmp_path / "model.safetensors", {"format": "pt"})
-    again = type(model).from_pretrained(tmp_path).eval()
-    check(layer, again.get_submodule(HUGGING[make][0]), x)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    check(layer, loaded.get_submodule(HUGGING[make][0]), x)
 
 
 def hub_qwen_moe(block_class):
@@ -199,7 +201,7 @@ HUB = {
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_blocks_of_keras_hub(name, x, rng):
+def test_keras_hub_blocks(name, x, rng):
     block, layer = HUB[name](hub.block_class(name))
     for built in (block, layer):
         built.build((None, None, H))
@@ -208,14 +210,14 @@ def test_blocks_of_keras_hub(name, x, rng):
     load_weights(layer, block, f"keras_hub_{name}")
     expected = ops.convert_to_numpy(block(x)[0])
     np.testing.assert_allclose(layer(x), expected, atol=1e-5)
-    back = to_tensors(layer, f"keras_hub_{name}")
+    exported = to_tensors(layer, f"keras_hub_{name}")
     for weight in block.weights:
-        found = back[weight.path.partition(f"{block.name}/")[2] or weight.path]
+        found = exported[weight.path.partition(f"{block.name}/")[2] or weight.path]
         np.testing.assert_array_equal(found, ops.convert_to_numpy(weight))
 
 
 @pytest.mark.parametrize("backbone", [None, 5])
-def test_layers_of_tfm(backbone, x):
+def test_tfm_layers(backbone, x):
     theirs, ours = tfm_pair(E, H, F, 1.0, 1.0, backbone=backbone)
     for weight in ours.weights:
         weight.assign(ops.zeros_like(weight))
@@ -223,9 +225,9 @@ def test_layers_of_tfm(backbone, x):
     np.testing.assert_allclose(ours(x), theirs(x), atol=1e-5)
     prefix = theirs.name + "/"
     by_name = {w.name.split(":")[0]: w.numpy() for w in theirs.trainable_weights}
-    back = to_tensors(ours, "tfm", prefix=prefix)
-    assert back.keys() == by_name.keys()
-    for name, array in back.items():
+    exported = to_tensors(ours, "tfm", prefix=prefix)
+    assert exported.keys() == by_name.keys()
+    for name, array in exported.items():
         np.testing.assert_array_equal(array, by_name[name])
     load_weights(ours, by_name, "tfm", prefix=prefix)
 
@@ -234,7 +236,7 @@ POLICY = {"second_policy_train": "all", "second_policy_eval": "all"}
 
 
 @pytest.mark.parametrize("levels", [None, (2, 4)])
-def test_layers_of_lucidrains(levels, rng):
+def test_lucidrains_layers(levels, rng):
     def top2(num_experts, name):
         return keras_moe.Top2MaskedRouter(
             num_experts, use_bias=False, name=name, **POLICY
@@ -265,14 +267,14 @@ def test_layers_of_lucidrains(levels, rng):
     x = rng.normal(size=(3, 64, H)).astype("float32")
     expected = theirs.eval()(torch.from_numpy(x))[0].detach().numpy()
     np.testing.assert_allclose(ours(x), expected, atol=1e-5)
-    back = to_tensors(ours, "lucidrains")
-    theirs.load_state_dict({n: torch.from_numpy(a.copy()) for n, a in back.items()})
-    again = theirs(torch.from_numpy(x))[0].detach().numpy()
-    np.testing.assert_array_equal(again, expected)
+    exported = to_tensors(ours, "lucidrains")
+    theirs.load_state_dict({n: torch.from_numpy(a.copy()) for n, a in exported.items()})
+    loaded = theirs(torch.from_numpy(x))[0].detach().numpy()
+    np.testing.assert_array_equal(loaded, expected)
 
 
-def test_a_layer_that_is_trained_on(x):
-    """What is loaded stays trainable: a step changes it."""
+def test_a_loaded_layer_trains(x):
+    """A training step changes the loaded weights."""
     _, block, layer = random_model(mixtral)
     model = keras.Sequential([keras.Input((T, H)), layer])
     load_weights(layer, block, "mixtral")

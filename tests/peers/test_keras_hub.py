@@ -12,12 +12,12 @@ H = 12
 
 
 @pytest.fixture
-def both():
+def pair():
     return hub.pair(num_experts=16, hidden=H, d_ff=9, k=4)
 
 
-def test_outputs_and_the_balance_loss(both, rng):
-    block, layer = both
+def test_outputs_and_the_balance_loss(pair, rng):
+    block, layer = pair
     x = rng.normal(size=(3, 20, H)).astype("float32")
     expected, _ = block(x, training=True)
     outputs, rows = layer(x, training=True, return_routing=True)
@@ -25,20 +25,22 @@ def test_outputs_and_the_balance_loss(both, rng):
     np.testing.assert_allclose(layer.balance_loss(rows), block.losses[0], rtol=1e-5)
 
 
-def test_gradients(both, rng):
-    block, layer = both
+def test_gradients(pair, rng):
+    block, layer = pair
     x = rng.normal(size=(3, 20, H)).astype("float32")
     target = ops.convert_to_tensor(rng.normal(size=x.shape).astype("float32"))
 
-    def of_error(model, choose):
+    def error_gradients(model, get_outputs):
         def error(x, *weights):
             pairs = list(zip(model.trainable_variables, weights, strict=True))
             with keras.StatelessScope(pairs):
-                return ops.mean(ops.square(choose(model(x)) - target))
+                return ops.mean(ops.square(get_outputs(model(x)) - target))
 
         return gradients(error, x, *(w.numpy() for w in model.trainable_variables))
 
-    of_x, *of_weights = of_error(block, lambda results: results[0])
-    d_x, *d_weights = of_error(layer, lambda outputs: outputs)
-    compare(d_x, of_x)
-    compare_gradients(layer, d_weights, hub.by_path(of_weights))
+    expected_d_x, *expected_d_weights = error_gradients(
+        block, lambda results: results[0]
+    )
+    d_x, *d_weights = error_gradients(layer, lambda outputs: outputs)
+    compare(d_x, expected_d_x)
+    compare_gradients(layer, d_weights, hub.by_path(expected_d_weights))

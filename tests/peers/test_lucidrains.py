@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from lucidrains import pair, strengthen
+from lucidrains import enlarge_weights, pair
 from mixture_of_experts import HeirarchicalMoE
 
 from keras_moe import FeedForwardExperts, HierarchicalMoeLayer, Top2MaskedRouter
@@ -38,11 +38,11 @@ def test_outputs_and_loss(policy, training, length, train):
 
 
 @pytest.mark.parametrize("threshold", [0.1, 0.3, 0.45])
-def test_a_corrected_threshold(threshold):
+def test_threshold_policy(threshold):
     """Where nothing overflows, a threshold drops the second choices below it.
 
-    Their `threshold` policy crashes for a missing axis, so this is put together
-    from their `all` and `none`: token by token the one or the other.
+    Their `threshold` policy crashes because of a missing axis, so the expected
+    outputs are those of their `all` or `none` policy, token by token.
     """
     torch.manual_seed(0)
     x = np.random.default_rng(0).normal(size=(3, 16, H)).astype("float32")
@@ -64,7 +64,7 @@ def test_a_corrected_threshold(threshold):
 @pytest.mark.parametrize("policy", ["all", "none"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(("outer", "inner"), [(4, 2), (2, 4)])
-def test_two_levels(policy, training, outer, inner):
+def test_hierarchical_layers(policy, training, outer, inner):
     torch.manual_seed(0)
     theirs = HeirarchicalMoE(
         H,
@@ -76,7 +76,7 @@ def test_two_levels(policy, training, outer, inner):
         capacity_factor_eval=2.0,
         loss_coef=1e-2,
     )
-    strengthen(theirs.experts)
+    enlarge_weights(theirs.experts)
 
     def top2(num_experts, name):
         return Top2MaskedRouter(

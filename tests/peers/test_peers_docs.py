@@ -1,4 +1,4 @@
-"""Examples of the documentation that need other packages."""
+"""Examples in the documentation that need other packages."""
 
 import sys
 import types

@@ -35,16 +35,16 @@ CASES = [
 def test_outputs_losses_metrics_and_gradients(factor, examples, training):
     theirs, ours = pair(factor, examples, z_weight=0.3)
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
-    (a, loss_a, of_x, of_weights) = results(ours, x, training, lambda w: w.path)
-    (b, loss_b, of_x_b, of_weights_b) = results(
+    (a, loss_a, d_x_a, d_weights_a) = results(ours, x, training, lambda w: w.path)
+    (b, loss_b, d_x_b, d_weights_b) = results(
         theirs, x, training, lambda w: w.name.split(":")[0]
     )
-    close(a, b)
-    close(loss_a, loss_b)
-    close(of_x, of_x_b)
-    assert of_weights.keys() == of_weights_b.keys()
-    for path, gradient in of_weights.items():
-        close(gradient, of_weights_b[path])
+    assert_close(a, b)
+    assert_close(loss_a, loss_b)
+    assert_close(d_x_a, d_x_b)
+    assert d_weights_a.keys() == d_weights_b.keys()
+    for path, gradient in d_weights_a.items():
+        assert_close(gradient, d_weights_b[path])
     for metric in theirs.metrics:
         metric.reset_state()
     for metric in ours.metrics:
@@ -64,15 +64,15 @@ def results(layer, x, training, path):
         loss = tf.reduce_sum(outputs**2) + tf.add_n(layer.losses)
     variables = layer.trainable_weights
     targets = [v if isinstance(v, tf.Variable) else v.value for v in variables]
-    of_x, *gradients = tape.gradient(loss, [x, *targets])
-    named = {
+    d_x, *gradients = tape.gradient(loss, [x, *targets])
+    by_path = {
         path(v): tf.convert_to_tensor(g)
         for v, g in zip(variables, gradients, strict=True)
     }
-    return outputs, loss, of_x, named
+    return outputs, loss, d_x, by_path
 
 
-def close(a, b):
+def assert_close(a, b):
     a, b = np.asarray(a), np.asarray(b)
     scale = max(np.abs(b).max(), 1.0)
     np.testing.assert_allclose(a / scale, b / scale, atol=1e-5)
@@ -81,7 +81,7 @@ def close(a, b):
 def test_with_backbone():
     theirs, ours = pair(1.0, 1.0, backbone=5)
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
-    close(ours(x), theirs(x))
+    assert_close(ours(x), theirs(x))
 
 
 def test_feed_forward():
@@ -91,14 +91,14 @@ def test_feed_forward():
     weights = garden.by_path(theirs)
     for w in ours.weights:
         w.assign(weights[w.path].numpy())
-    close(ours(x), theirs(x))
+    assert_close(ours(x), theirs(x))
 
 
-def test_our_dense_arrays_are_theirs():
+def test_dense_arrays():
     theirs, ours = pair(1.0, 1.0)
     x = np.random.default_rng(0).normal(size=(B, S, H)).astype("float32")
     mask = theirs._router(tf.convert_to_tensor(x), expert_capacity=S // E)
     routing = ours.router.route(x, expert_capacity=S // E)
-    # They number an expert's slots in no particular order.
-    close(np.sum(routing.dispatch_mask, -1), np.sum(mask.dispatch_mask, -1))
-    close(np.sum(routing.combine_array, -1), np.sum(mask.combine_array, -1))
+    # Their slots of an expert are in no particular order.
+    assert_close(np.sum(routing.dispatch_mask, -1), np.sum(mask.dispatch_mask, -1))
+    assert_close(np.sum(routing.combine_array, -1), np.sum(mask.combine_array, -1))

@@ -1,10 +1,10 @@
-"""Gradients of their weights beside those of ours."""
+"""Comparison of gradients of our weights and of theirs."""
 
 import numpy as np
 
 
 def compare_gradients(layer, found, expected):
-    """Compares our gradients with theirs, of every weight, to 1e-5 of the scale."""
+    """Compares the gradients of all weights, with a tolerance of 1e-5 of the scale."""
     found = dict(zip(map(_path, layer.trainable_weights), found, strict=True))
     assert found.keys() == expected.keys()
     for path, gradient in found.items():

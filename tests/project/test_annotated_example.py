@@ -1,4 +1,4 @@
-"""The annotated example, with few steps and little text to measure them on."""
+"""Runs the annotated example with few training steps and little validation text."""
 
 import pathlib
 
@@ -14,15 +14,15 @@ FILE = (
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="its backend is JAX")
-@pytest.mark.filterwarnings("ignore:.*has collapsed")  # After so few steps it may.
-def test_it_runs(tmp_path, monkeypatch, capsys):
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="the example uses JAX")
+@pytest.mark.filterwarnings("ignore:.*has collapsed")  # Possible after few steps.
+def test_the_annotated_example_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
     source = FILE.read_text(encoding="utf-8")
-    for there, here in (("steps = 1500", "steps = 10"), ("* 9 // 10", "* 99 // 100")):
-        assert there in source
-        source = source.replace(there, here)
+    for old, new in (("steps = 1500", "steps = 10"), ("* 9 // 10", "* 99 // 100")):
+        assert old in source
+        source = source.replace(old, new)
     names = {}
     exec(compile(source, FILE, "exec"), names)
     x, _ = names["held_out"]

@@ -13,7 +13,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The modules `bench` and `report`, with points that are quick to measure."""
+    """Returns the modules `bench` and `report`, with small points to measure."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     bench, report = map(importlib.import_module, ("bench", "report"))
 
@@ -31,13 +31,13 @@ def scripts(monkeypatch):
 
 
 def pair(point):
-    """Returns a model twice, as a comparison with an equal layer."""
+    """Returns the same model twice, so that the difference is 0."""
     models = point.models()
     return models["capacity"], models["capacity"]
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(keras.backend.backend() != "torch", reason="compiles nothing")
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="no compilation")
 def test_a_small_benchmark_and_its_report(scripts, tmp_path, monkeypatch):
     bench, report = scripts
     monkeypatch.setattr("sys.argv", ["bench", "--output", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""The documentation: its examples run, and its links lead somewhere."""
+"""The examples in the documentation run, and its links are valid."""
 
 import re
 
@@ -25,14 +25,14 @@ each_file = pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 
 
 @each_file
-def test_the_examples_run(file, tmp_path, monkeypatch):
+def test_examples_run(file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = run_examples(file)
     assert count or file.name in WITHOUT_EXAMPLES
 
 
 @each_file
-def test_the_links_lead_somewhere(file):
+def test_links_are_valid(file):
     text = FENCED.sub("", file.read_text(encoding="utf-8"))
     for path, heading in LINK.findall(text):
         if path.startswith(("https:", "http:")):
@@ -43,7 +43,7 @@ def test_the_links_lead_somewhere(file):
             assert heading in headings(target), f"{path}#{heading}"
 
 
-def test_each_paper_stands_among_the_references():
+def test_cited_papers_are_in_the_references():
     references = ROOT / "docs" / "references.md"
     code = [*(ROOT / "keras_moe").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     cited = {p for file in [*code, *FILES] if file != references for p in papers(file)}
@@ -55,7 +55,7 @@ def papers(file):
 
 
 def headings(file):
-    """The headings of a file as links name them."""
+    """Returns the anchors of the headings of a file."""
     text = FENCED.sub("", file.read_text(encoding="utf-8"))
     titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]

@@ -1,4 +1,4 @@
-"""The upcycling example from end to end, with models that are quick to build."""
+"""Runs the upcycling example from end to end with small models."""
 
 import importlib
 import pathlib
@@ -22,6 +22,6 @@ def test_a_short_run(monkeypatch, tmp_path, capfd):
         next(line.split() for line in reversed(lines) if line.startswith(name))
         for name in ("dense", "upcycled")
     )
-    assert dense[3] == upcycled[3]  # bits before they go on
+    assert dense[3] == upcycled[3]  # bits per character before further training
     assert int(upcycled[1].replace(",", "")) > int(dense[1].replace(",", ""))
     assert (tmp_path / "upcycling.png").stat().st_size > 10_000

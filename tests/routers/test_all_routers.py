@@ -1,4 +1,4 @@
-"""What holds for every router and every kind of experts, inside a model."""
+"""Checks of every router and every kind of experts, inside a model."""
 
 import keras
 import numpy as np
@@ -24,15 +24,15 @@ def make_moe(router, experts=None, **kwargs):
     )
 
 
-# Those whose routers do most stand for the others, of which each takes seconds.
+# The most complex routers, which `make test` runs; `make test-all` runs all routers.
 QUICK = "next best", "bias balanced", "top 2"
-THOROUGH = [
+NAMES = [
     name if name in QUICK else pytest.param(name, marks=pytest.mark.thorough)
     for name in ROUTERS
 ]
 
 
-@pytest.mark.parametrize("name", THOROUGH)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_layer_check(name, tmp_path):
     def make(**kwargs):
         return make_moe(ROUTERS[name](), **kwargs)
@@ -49,14 +49,14 @@ def test_evaluation_is_deterministic(name, rng):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_bad_token_spoils_nobody_else(name, rng):
+def test_a_nonfinite_token_does_not_affect_others(name, rng):
     x = rng.normal(size=(3, 8, H)).astype("float32")
     x[1, 3] = np.nan
     outputs = ops.convert_to_numpy(make_moe(ROUTERS[name]())(x))
     assert np.isfinite(np.delete(outputs.reshape(24, H), 11, axis=0)).all()
 
 
-# Whether an output may depend on a later token, at a fixed length.
+# Whether outputs are independent of later tokens, at a fixed length.
 CAUSAL = {
     "switch": True,
     "token": True,
@@ -65,14 +65,14 @@ CAUSAL = {
     "gumbel": True,
     "hidden layers": True,
     "experts choose": False,
-    "bias balanced": False,  # k = 2, first choices first
+    "bias balanced": False,  # k = 2, and first choices have priority
     "top 2": False,
 }
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_what_is_causal(name, rng):
-    """Later tokens are changed, under a capacity so small that many are dropped."""
+def test_causality(name, rng):
+    """Changes later tokens, with a capacity so small that many tokens are dropped."""
     layer = make_moe(ROUTERS[name]())
     layer.eval_capacity_factor = 1.0
     layer.build((None, None, H))
@@ -95,7 +95,7 @@ def make_with_gate(**kwargs):
     )
 
 
-def test_a_gate_on_the_backbone(rng, tmp_path):
+def test_a_gated_backbone(rng, tmp_path):
     x = rng.normal(size=(3, 8, H)).astype("float32")
     layer = make_with_gate()
     outputs = ops.convert_to_numpy(layer(x))

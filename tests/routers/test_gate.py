@@ -26,7 +26,7 @@ def test_no_bias():
     assert [w.name for w in gate.weights] == ["kernel"]
 
 
-def test_float32_under_every_policy(policy, rng):
+def test_float32_under_mixed_precision(policy, rng):
     policy("mixed_bfloat16")
     gate = Gate(5)
     x = ops.cast(ops.convert_to_tensor(rng.normal(size=(2, 3, 4))), "bfloat16")
@@ -34,17 +34,17 @@ def test_float32_under_every_policy(policy, rng):
     assert gate.kernel.dtype == "float32"
 
 
-def test_noise_is_for_training(rng):
+def test_jitter_is_applied_only_in_training(rng):
     x = rng.normal(size=(2, 3, 4)).astype("float32")
     gate = Gate(5, jitter_noise=0.5, kernel_initializer="glorot_uniform")
-    still = ops.convert_to_numpy(gate(x))
-    np.testing.assert_array_equal(ops.convert_to_numpy(gate(x)), still)
+    without_noise = ops.convert_to_numpy(gate(x))
+    np.testing.assert_array_equal(ops.convert_to_numpy(gate(x)), without_noise)
     noisy = ops.convert_to_numpy(gate(x, training=True))
-    assert (noisy != still).all()
+    assert (noisy != without_noise).all()
     assert (noisy != ops.convert_to_numpy(gate(x, training=True))).any()
 
 
-def test_noise_stays_in_its_bounds():
+def test_jitter_is_within_its_bounds():
     gate = Gate(1000, jitter_noise=0.25, kernel_initializer="ones")
     _, logits = gate(np.ones((100, 1), "float32"), training=True, return_logits=True)
     logits = ops.convert_to_numpy(logits)
@@ -103,20 +103,20 @@ def test_hidden_layers(hidden_layers, rng):
     np.testing.assert_allclose(probs, oracle.softmax(logits), rtol=1e-4)
 
 
-def test_sigmoid_is_each_expert_for_itself(rng):
+def test_sigmoid_is_computed_per_expert(rng):
     x = rng.normal(size=(2, 3, 4)).astype("float32")
     probs, logits = Gate(5, mechanism="sigmoid")(x, return_logits=True)
     expected = 1 / (1 + np.exp(-ops.convert_to_numpy(logits)))
     np.testing.assert_allclose(ops.convert_to_numpy(probs), expected, rtol=1e-5)
 
 
-def test_gumbel_takes_the_best_and_samples_in_training():
-    """Samples have the softmax's frequencies, and its gradient."""
+def test_gumbel_selects_the_best_and_samples_in_training():
+    """Samples have the frequencies and the gradient of the softmax."""
     logits = np.log([[0.5, 0.3, 0.2]]).astype("float32")
     gate = Gate(3, mechanism="gumbel", kernel_initializer="identity", use_bias=False)
     x = np.repeat(logits, 4000, axis=0)
-    still = ops.convert_to_numpy(gate(x))
-    np.testing.assert_allclose(still[:, 0], 1.0, rtol=1e-6)
+    without_noise = ops.convert_to_numpy(gate(x))
+    np.testing.assert_allclose(without_noise[:, 0], 1.0, rtol=1e-6)
     samples = ops.convert_to_numpy(gate(x, training=True))
     np.testing.assert_allclose(samples.sum(-1), 1.0, rtol=1e-6)
     assert ((samples == 0) | (samples > 0.999)).all()
@@ -130,7 +130,7 @@ def test_gumbel_takes_the_best_and_samples_in_training():
     np.testing.assert_allclose(found[0], p[0] * (np.eye(3)[0] - p), rtol=1e-4)
 
 
-def test_noise_on_the_logits_is_for_training():
+def test_logit_noise_is_applied_only_in_training():
     gate = Gate(2, noise_std=3.0, kernel_initializer="zeros", mechanism="sigmoid")
     x = np.zeros((5000, 4), "float32")
     assert (ops.convert_to_numpy(gate(x)) == 0.5).all()
@@ -140,7 +140,7 @@ def test_noise_on_the_logits_is_for_training():
     assert (ops.convert_to_numpy(logits) == 0).all()
 
 
-def test_config_of_every_argument():
+def test_config_holds_every_argument():
     gate = Gate(
         5,
         hidden_layers=(7, 6),

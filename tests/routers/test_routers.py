@@ -24,7 +24,7 @@ def route(router, x, **kwargs):
 
 @pytest.mark.parametrize("k", [1, 2, None])
 @pytest.mark.parametrize("masked", [False, True])
-def test_against_the_oracle(k, masked, rng):
+def test_routers_match_the_oracle(k, masked, rng):
     g, t, h, e, c = 2, 9, 6, 4, 3
     x = rng.normal(size=(g, t, h)).astype("float32")
     mask = rng.random((g, t)) < 0.7 if masked else None
@@ -53,7 +53,7 @@ def test_against_the_oracle(k, masked, rng):
     )
 
 
-def test_losses_are_weighted_and_added_alike_in_training_and_evaluation(rng):
+def test_losses_are_weighted_in_training_and_evaluation(rng):
     x = rng.normal(size=(2, 9, 6)).astype("float32")
     router = MaskedRouter(4, router_z_loss_weight=0.5, load_balancing_loss_weight=0.25)
     for training in (False, True):
@@ -75,13 +75,13 @@ def test_no_loss_is_added_with_weight_0(rng):
         assert router.losses == []
 
 
-def test_route_says_the_same_and_leaves_no_trace(rng):
+def test_route_returns_the_same_and_adds_no_losses_or_metrics(rng):
     x = rng.normal(size=(2, 9, 6)).astype("float32")
     router = MaskedRouter(4, router_z_loss_weight=1.0)
     router.build(x.shape)
-    alone = router.route(x, expert_capacity=3)
+    expected = router.route(x, expert_capacity=3)
     assert router.losses == [] and router.metrics == []
-    for a, b in zip(alone, router(x, expert_capacity=3), strict=True):
+    for a, b in zip(expected, router(x, expert_capacity=3), strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
 
 
@@ -132,13 +132,13 @@ class WithoutARule(Router):
     pass
 
 
-def test_a_router_must_say_how_it_routes():
+def test_compute_routing_must_be_implemented():
     with pytest.raises(NotImplementedError, match="WithoutARule must implement"):
         WithoutARule(4)(np.zeros((1, 2, 3)), expert_capacity=1)
 
 
 class Constant(Router):
-    """A router of one's own with a metric of its own."""
+    """A custom router with an additional metric."""
 
     metric_names = (*Router.metric_names, "mine")
 
@@ -150,7 +150,7 @@ class Constant(Router):
         self.add_metric(ops.mean(routing.probs), "mine")
 
 
-def test_a_router_of_one_s_own(rng):
+def test_a_custom_router(rng):
     x = rng.normal(size=(2, 9, 6)).astype("float32")
     router = Constant(4, export_metrics=("mine", "expert_usage"))
     router(x, expert_capacity=3)
@@ -188,7 +188,7 @@ def test_bad_arguments(arguments, error):
 
 
 @pytest.mark.parametrize("priority", ["choice", "token", "probability"])
-def test_priorities_reach_the_placement(priority, rng):
+def test_priorities_match_the_oracle(priority, rng):
     x = rng.normal(size=(1, 30, 6)).astype("float32")
     router = MaskedRouter(
         3, num_selected_experts=2, priority=priority, kernel_initializer="he_normal"
@@ -200,7 +200,7 @@ def test_priorities_reach_the_placement(priority, rng):
     check_slots(slots, [expected], 10, rtol=1e-6)
 
 
-def test_overflow_to_the_next_best(rng):
+def test_next_best_overflow_matches_the_oracle(rng):
     x = rng.normal(size=(1, 30, 6)).astype("float32")
     router = MaskedRouter(
         3,
@@ -215,13 +215,13 @@ def test_overflow_to_the_next_best(rng):
     index, weight = oracle.as_arrays(expected, 20)
     np.testing.assert_array_equal(slots.token_index[0], index)
     np.testing.assert_allclose(slots.weight[0], weight, rtol=1e-5)
-    # Every token wanted the first expert, which 10 had to do without.
+    # Every token selects expert 0 before dropping, but 10 tokens get no slot there.
     assert slots.load[0, 0] == 0.5
     assert (slots.token_index[0, 1:] >= 0).sum() >= 30
 
 
 @pytest.mark.parametrize("make", [MaskedRouter, ExpertsChooseMaskedRouter])
-def test_a_sigmoid_gate_gives_raw_weights_and_normalized_probabilities(make, rng):
+def test_a_sigmoid_gate_has_raw_weights_and_normalized_probabilities(make, rng):
     x = rng.normal(size=(1, 9, 6)).astype("float32")
     router = make(3, mechanism="sigmoid")
     slots = route(router, x, expert_capacity=9)
@@ -229,7 +229,7 @@ def test_a_sigmoid_gate_gives_raw_weights_and_normalized_probabilities(make, rng
     assert slots.weight.max() > 0.4
 
 
-def test_a_gumbel_gate_trains(rng):
+def test_a_gumbel_gate_samples_in_training(rng):
     x = rng.normal(size=(8, 9, 6)).astype("float32")
     router = MaskedRouter(3, mechanism="gumbel")
     a = route(router, x, expert_capacity=9)
@@ -241,7 +241,7 @@ def test_a_gumbel_gate_trains(rng):
 # BiasBalancedMaskedRouter.
 
 
-def test_the_bias_chooses_and_the_scores_weigh(rng):
+def test_the_bias_affects_the_selection_but_not_the_weights(rng):
     x = rng.normal(size=(1, 9, 6)).astype("float32")
     router = BiasBalancedMaskedRouter(
         4, num_selected_experts=2, routed_scaling_factor=2.5
@@ -258,7 +258,7 @@ def test_the_bias_chooses_and_the_scores_weigh(rng):
     assert router.losses == []
 
 
-def test_the_bias_moves_by_the_sign_of_the_load_error(rng):
+def test_the_bias_is_updated_by_the_sign_of_the_load_error(rng):
     x = rng.normal(size=(2, 9, 6)).astype("float32")
     mask = rng.random((2, 9)) < 0.8
     router = BiasBalancedMaskedRouter(
@@ -275,7 +275,7 @@ def test_the_bias_moves_by_the_sign_of_the_load_error(rng):
     assert expected.any()
 
 
-def test_the_bias_stands_still_when_nobody_trains(rng):
+def test_the_bias_is_not_updated_outside_training(rng):
     x = rng.normal(size=(2, 9, 6)).astype("float32")
     router = BiasBalancedMaskedRouter(4, kernel_initializer="he_normal")
     router(x, expert_capacity=9)
@@ -285,7 +285,7 @@ def test_the_bias_stands_still_when_nobody_trains(rng):
     assert not ops.convert_to_numpy(router.expert_bias).any()
 
 
-def test_groups_of_experts_bound_the_choice(rng):
+def test_experts_are_selected_from_the_best_groups(rng):
     x = rng.normal(size=(1, 50, 6)).astype("float32")
     router = BiasBalancedMaskedRouter(
         8,
@@ -298,7 +298,7 @@ def test_groups_of_experts_bound_the_choice(rng):
     kernel, bias = router.router_weights.get_weights()
     scores = 1 / (1 + np.exp(-(x[0] @ kernel + bias)))
     for token in range(50):
-        groups = oracle.best([sum(s) for s in scores[token].reshape(4, 2)], 2)
+        groups = oracle.top_k([sum(s) for s in scores[token].reshape(4, 2)], 2)
         chosen = {e for e in range(8) if token in slots.token_index[0, e]}
         assert chosen == {2 * g + i for g in groups for i in (0, 1)}
 
@@ -325,7 +325,7 @@ TWO = np.log([[[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.89, 0.1, 0.01]]]).astype("fl
 
 
 def top2(**kwargs):
-    # The tokens are their own logits.
+    # The kernel is the identity, so that the tokens are the logits.
     return Top2MaskedRouter(
         3,
         kernel_initializer="identity",
@@ -345,7 +345,7 @@ def top2(**kwargs):
         ("threshold", [[0, 2], [0, -1], [1, -1]]),
     ],
 )
-def test_policies_a_table(policy, expected):
+def test_second_policies_table(policy, expected):
     router = top2(second_policy_eval=policy, second_threshold_eval=0.3)
     slots = route(router, TWO, expert_capacity=2)
     np.testing.assert_array_equal(slots.token_index, [expected])
@@ -355,7 +355,7 @@ def test_policies_a_table(policy, expected):
     np.testing.assert_allclose(slots.load, [[2 / 3, 0, 1 / 3]], rtol=1e-6)
 
 
-def test_the_random_policy_keeps_as_often_as_the_weight_says():
+def test_the_random_policy_keeps_in_proportion_to_the_weight():
     router = Top2MaskedRouter(
         3,
         kernel_initializer="identity",
@@ -398,18 +398,18 @@ def test_bad_options(arguments, error):
         MaskedRouter(4, **arguments)
 
 
-# Against the oracle, over random tables, with what is random written down.
+# Comparisons with the oracle over random tables, with recorded random values.
 
 
-def written_down(monkeypatch, name):
-    """A list of all that `keras.random.<name>` draws."""
+def record_draws(monkeypatch, name):
+    """Returns a list that receives all values drawn by `keras.random.<name>`."""
     drawn, draw = [], getattr(keras.random, name)
 
-    def draw_and_write(*args, **kwargs):
+    def draw_and_record(*args, **kwargs):
         drawn.append(draw(*args, **kwargs))
         return drawn[-1]
 
-    monkeypatch.setattr(keras.random, name, draw_and_write)
+    monkeypatch.setattr(keras.random, name, draw_and_record)
     return drawn
 
 
@@ -417,7 +417,7 @@ def written_down(monkeypatch, name):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("c", [1, 4, 13])
 @pytest.mark.parametrize("training", [False, True])
-def test_top_2_against_the_oracle(policy, ties, c, training, rng, monkeypatch):
+def test_top_2_matches_the_oracle(policy, ties, c, training, rng, monkeypatch):
     probs, valid = random_tables(rng, ties)
     router = Top2MaskedRouter(
         6,
@@ -426,7 +426,7 @@ def test_top_2_against_the_oracle(policy, ties, c, training, rng, monkeypatch):
         second_threshold_train=0.4,
         second_threshold_eval=0.3,
     )
-    drawn = written_down(monkeypatch, "uniform")
+    drawn = record_draws(monkeypatch, "uniform")
     slots = router.compute_routing(ops.convert_to_tensor(probs), c, training)
     noise = ops.convert_to_numpy(drawn[0])[..., 0] if drawn else None
     assert bool(drawn) == (policy == "random")
@@ -448,7 +448,7 @@ def test_top_2_against_the_oracle(policy, ties, c, training, rng, monkeypatch):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("groups", "selected"), [(1, 1), (3, 2), (2, 1)])
 @pytest.mark.parametrize("c", [1, 4, 13])
-def test_bias_balanced_against_the_oracle(k, ties, groups, selected, c, rng):
+def test_bias_balanced_matches_the_oracle(k, ties, groups, selected, c, rng):
     scores, valid = random_tables(rng, ties)
     router = BiasBalancedMaskedRouter(
         6,
@@ -458,7 +458,7 @@ def test_bias_balanced_against_the_oracle(k, ties, groups, selected, c, rng):
         num_selected_groups=selected,
     )
     router.build((None, None, 4))
-    # Of sixteenths: added to tied scores they tie again.
+    # In sixteenths, like tied scores, so that their sums tie as well.
     bias = rng.integers(-3, 4, size=6) / 16
     router.expert_bias.assign(bias)
     slots = router.compute_routing(ops.convert_to_tensor(scores), c)
@@ -469,7 +469,7 @@ def test_bias_balanced_against_the_oracle(k, ties, groups, selected, c, rng):
     check_slots(slots, expected, c)
 
 
-def test_the_bias_over_training_steps_against_the_oracle(rng):
+def test_the_bias_over_training_steps_matches_the_oracle(rng):
     router = BiasBalancedMaskedRouter(
         6, num_selected_experts=2, bias_update_rate=0.1, kernel_initializer="he_normal"
     )
@@ -493,7 +493,7 @@ def test_the_bias_over_training_steps_against_the_oracle(rng):
 
 
 @pytest.mark.parametrize("mechanism", ["softmax", "gumbel", "sigmoid"])
-def test_the_noise_of_training_against_the_oracle(mechanism, rng, monkeypatch):
+def test_training_noise_matches_the_oracle(mechanism, rng, monkeypatch):
     """Jitter on the inputs, noise on the logits, a Gumbel sample."""
     router = MaskedRouter(
         6,
@@ -505,8 +505,8 @@ def test_the_noise_of_training_against_the_oracle(mechanism, rng, monkeypatch):
     router.build((None, None, 4))
     kernel = router.router_weights.get_weights()[0].astype("float64")
     x = rng.normal(size=(3, 7, 4)).astype("float32")
-    uniform = written_down(monkeypatch, "uniform")
-    normal = written_down(monkeypatch, "normal")
+    uniform = record_draws(monkeypatch, "uniform")
+    normal = record_draws(monkeypatch, "normal")
     slots = router(x, expert_capacity=3, training=True)
     jitter, noise = (ops.convert_to_numpy(drawn[0]) for drawn in (uniform, normal))
     logits = (x * jitter).astype("float64") @ kernel + noise
@@ -520,7 +520,7 @@ def test_the_noise_of_training_against_the_oracle(mechanism, rng, monkeypatch):
     valid = np.ones(7, bool)
     expected = [oracle.tokens_choose(probs[i], valid, 1, 3) for i in range(3)]
     check_slots(slots, expected, 3)
-    # Outside training there is none.
+    # Nothing is drawn outside training.
     drawn = len(uniform) + len(normal)
     router(x, expert_capacity=3)
     assert len(uniform) + len(normal) == drawn

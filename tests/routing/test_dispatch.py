@@ -22,7 +22,7 @@ def to_numpy(x):
     return ops.convert_to_numpy(x)
 
 
-def test_buffers_hold_the_tokens_of_the_slots(slots, rng):
+def test_dispatch_gathers_the_tokens_of_the_slots(slots, rng):
     tokens = rng.normal(size=(g, t, h)).astype("float32")
     buffers = to_numpy(dispatch(ops.convert_to_tensor(tokens), slots))
     assert buffers.shape == (1, e, g * c, h)
@@ -33,7 +33,7 @@ def test_buffers_hold_the_tokens_of_the_slots(slots, rng):
         np.testing.assert_array_equal(buffers[0, j, i * c + k], expected)
 
 
-def test_results_come_home_with_their_weight(slots, rng):
+def test_combine_sums_the_weighted_outputs(slots, rng):
     results = rng.normal(size=(1, e, g * c, h)).astype("float32")
     outputs = to_numpy(combine(ops.convert_to_tensor(results), slots))
     index, weight = to_numpy(slots.token_index), to_numpy(slots.weight)
@@ -44,7 +44,7 @@ def test_results_come_home_with_their_weight(slots, rng):
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mask_carries_as_the_slots_do(slots, rng):
+def test_a_router_mask_is_equivalent_to_slots(slots, rng):
     dense = RouterMask(slots.dispatch_mask, slots.combine_array)
     tokens = ops.convert_to_tensor(rng.normal(size=(g, t, h)).astype("float32"))
     np.testing.assert_allclose(
@@ -56,7 +56,7 @@ def test_a_mask_carries_as_the_slots_do(slots, rng):
     )
 
 
-def test_weights_and_outputs_meet_in_float32(slots):
+def test_combine_multiplies_in_float32(slots):
     results = ops.ones((1, e, g * c, h), dtype="bfloat16")
     outputs = combine(results, slots)
     assert "bfloat16" in str(outputs.dtype)
@@ -67,7 +67,7 @@ def test_weights_and_outputs_meet_in_float32(slots):
     )
 
 
-def test_anything_else_is_a_type_error(slots):
+def test_other_types_are_refused(slots):
     with pytest.raises(TypeError, match=r"`Slots`, `Rows` or a `RouterMask`.*tuple"):
         dispatch(ops.zeros((g, t, h)), (1, 2))
     with pytest.raises(TypeError, match=r"`Slots`, `Rows` or a `RouterMask`.*tuple"):

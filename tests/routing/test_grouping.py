@@ -12,9 +12,7 @@ EXAMPLES = [1, 2, 3, 0.5, 1 / 3, 0.25, None]
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("examples", EXAMPLES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_groups_hold_the_tokens_that_the_oracle_puts_together(
-    shape, examples, masked, rng
-):
+def test_groups_match_the_oracle(shape, examples, masked, rng):
     x = rng.normal(size=shape).astype("float32")
     mask = rng.random(shape[:2]) < 0.7 if masked else None
     tokens, valid = group(
@@ -37,11 +35,13 @@ def test_groups_hold_the_tokens_that_the_oracle_puts_together(
 
 @pytest.mark.parametrize("shape", [*SHAPES, (6, 3), (2, 3, 2, 3)])
 @pytest.mark.parametrize("examples", EXAMPLES)
-def test_ungroup_is_the_inverse(shape, examples, rng):
+def test_ungroup_is_the_inverse_of_group(shape, examples, rng):
     x = ops.convert_to_tensor(rng.normal(size=shape).astype("float32"))
     tokens, _ = group(x, None, examples)
-    back = ungroup(tokens, x, examples)
-    np.testing.assert_array_equal(ops.convert_to_numpy(back), ops.convert_to_numpy(x))
+    restored = ungroup(tokens, x, examples)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(restored), ops.convert_to_numpy(x)
+    )
 
 
 def test_whole_groups_need_no_mask():
@@ -52,18 +52,18 @@ def test_whole_groups_need_no_mask():
     assert group(x, None, 3)[1] is not None
 
 
-def test_a_masked_nan_goes_no_further():
+def test_masked_nonfinite_tokens_become_0():
     x = np.array([[[1.0], [np.nan], [np.inf]]], "float32")
     tokens, _ = group(ops.convert_to_tensor(x), np.array([[True, False, False]]), 1)
     np.testing.assert_array_equal(ops.convert_to_numpy(tokens), [[[1.0], [0.0], [0.0]]])
 
 
 @pytest.mark.parametrize(
-    ("t", "experts", "factor", "least", "capacity"),
+    ("t", "experts", "factor", "minimum", "capacity"),
     [
         (8, 4, 1.0, 1, 2),
-        (8, 4, 1.25, 1, 2),  # 2.5 to the even number
-        (12, 8, 1.0, 1, 2),  # 1.5 to the even number
+        (8, 4, 1.25, 1, 2),  # 2.5 rounds to even
+        (12, 8, 1.0, 1, 2),  # 1.5 rounds to even
         (4, 8, 1.0, 1, 1),  # 0.5 rounds to 0, but never below 1
         (4, 8, 0.1, 1, 1),
         (4, 2, 9.0, 1, 4),  # never above t
@@ -71,11 +71,11 @@ def test_a_masked_nan_goes_no_further():
         (2, 8, 0.1, 4, 2),
     ],
 )
-def test_capacity(t, experts, factor, least, capacity):
-    assert expert_capacity(t, experts, factor, least) == capacity
+def test_capacity(t, experts, factor, minimum, capacity):
+    assert expert_capacity(t, experts, factor, minimum) == capacity
 
 
-def test_a_capacity_of_unknown_tokens_is_rounded_alike():
+def test_a_capacity_from_a_tensor_is_rounded_the_same():
     for experts in (3, 8, 64):
         for factor in (0.5, 1.0, 1.25, 2.0):
             for t in (1, 4, 7, 12, 100, 4094):

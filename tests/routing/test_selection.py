@@ -18,30 +18,30 @@ def select(probs, *args, **kwargs):
     return tuple(ops.convert_to_numpy(part) for part in selection)
 
 
-def test_a_table():
+def test_top_k_table():
     probs = [[[0.5, 0.2, 0.3], [0.1, 0.8, 0.1], [0.0, 0.0, 0.0]]]
     index, weight = select(probs, 2)
     np.testing.assert_array_equal(index, [[[0, 2], [1, 0], [-1, -1]]])
     np.testing.assert_allclose(weight, [[[0.5, 0.3], [0.8, 0.1], [0, 0]]])
 
 
-def test_normalized_weights_are_1_in_sum():
+def test_normalized_weights_sum_to_1():
     _, weight = select([[[0.5, 0.2, 0.3], [0.0, 0.0, 0.0]]], 2, normalize=True)
     np.testing.assert_allclose(weight, [[[0.625, 0.375], [0, 0]]], rtol=1e-6)
 
 
-def test_of_equals_the_lower_index_comes_first():
+def test_ties_go_to_the_lower_index():
     index, _ = select(np.full((1, 5, 4), 0.25), 3)
     np.testing.assert_array_equal(index, np.tile([0, 1, 2], (1, 5, 1)))
 
 
 @pytest.mark.parametrize("k", [1, 2, 5])
-def test_against_the_oracle_on_tables_with_ties(k, rng):
+def test_top_k_matches_the_oracle_with_ties(k, rng):
     probs = rng.integers(0, 4, size=(3, 40, 5)) / 8 + 0.125
     index, weight = select(probs, k)
     for g in range(3):
         for t in range(40):
-            expected = oracle.best(probs[g, t], k)
+            expected = oracle.top_k(probs[g, t], k)
             assert list(index[g, t]) == expected
             np.testing.assert_allclose(weight[g, t], probs[g, t][expected])
 
@@ -60,20 +60,20 @@ def test_valid_tokens():
     )
 
 
-def test_scores_choose_and_probabilities_weigh():
+def test_scores_select_and_probabilities_are_the_weights():
     probs = ops.convert_to_tensor(np.array([[[0.5, 0.2, 0.3]]], "float32"))
     scores = ops.convert_to_tensor(np.array([[[-np.inf, 5.0, 4.0]]], "float32"))
     selection = top_k(probs, 2, scores=scores)
     np.testing.assert_array_equal(selection.expert_index, [[[1, 2]]])
     np.testing.assert_allclose(selection.weight, [[[0.2, 0.3]]])
-    # Nobody is chosen who may not be.
+    # An expert with a score of -inf is never selected.
     selection = top_k(probs, 3, normalize=True, scores=scores)
     np.testing.assert_array_equal(selection.expert_index, [[[1, 2, -1]]])
     np.testing.assert_allclose(selection.weight, [[[0.4, 0.6, 0.0]]], rtol=1e-6)
 
 
-def test_next_best_a_table():
-    # All want expert 0 and then expert 1; each has room for one token.
+def test_next_best_table():
+    # All tokens rank the experts 0, 1, 2; each expert has one slot.
     probs = np.array([[[0.5, 0.3, 0.2]] * 4], "float32")
     selection = next_best(ops.convert_to_tensor(probs), 1, 1)
     np.testing.assert_array_equal(selection.expert_index, [[[0], [1], [2], [-1]]])
@@ -82,7 +82,7 @@ def test_next_best_a_table():
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("c", [1, 3, 20])
-def test_next_best_is_the_outcome_of_one_token_after_the_other(k, c, rng):
+def test_next_best_matches_sequential_assignment(k, c, rng):
     g, t, e = 6, 20, 5
     probs = rng.integers(1, 6, size=(g, t, e)).astype("float32") / 32
     valid = rng.random((g, t)) < 0.8
@@ -95,17 +95,17 @@ def test_next_best_is_the_outcome_of_one_token_after_the_other(k, c, rng):
         for expert, row in enumerate(oracle.next_best(probs[i], valid[i], k, c, True)):
             for token, w in row:
                 expected[token, expert] = w
-        taken = {
+        assigned = {
             (token, index[i, token, choice]): weight[i, token, choice]
             for token in range(t)
             for choice in range(k)
             if index[i, token, choice] >= 0
         }
-        assert taken == pytest.approx(expected)
+        assert assigned == pytest.approx(expected)
 
 
-def test_within_best_groups_a_table():
-    # Groups (0, 1), (2, 3), (4, 5), of which the two best sums are kept.
+def test_within_best_groups_table():
+    # Groups (0, 1), (2, 3), (4, 5); the two with the best sums are kept.
     scores = ops.convert_to_tensor(
         np.array([[[0.9, 0.0, 0.5, 0.5, 0.4, 0.3]]], "float32")
     )

@@ -4,7 +4,7 @@ from keras import ops
 
 from keras_moe import RouterMask, Slots
 
-# Two groups of three tokens, two experts, two slots.
+# Two groups of three tokens; two experts with two slots each.
 SLOTS = Slots(
     token_index=np.array([[[0, 2], [2, -1]], [[-1, -1], [1, -1]]], "int32"),
     weight=np.array([[[0.5, 0.25], [0.75, 0]], [[0, 0], [1, 0]]], "float32"),
@@ -26,7 +26,7 @@ def expected_mask():
     return mask
 
 
-def test_masks_of_slots(slots):
+def test_dense_arrays_of_slots(slots):
     mask = expected_mask()
     np.testing.assert_array_equal(ops.convert_to_numpy(slots.dispatch_mask), mask)
     np.testing.assert_array_equal(
@@ -39,7 +39,7 @@ def test_slots_per_token(slots):
     np.testing.assert_array_equal(ops.convert_to_numpy(slots.slots_per_token), expected)
 
 
-def test_a_mask_says_the_same_as_the_slots(slots):
+def test_a_router_mask_has_the_properties_of_the_slots(slots):
     dense = RouterMask(slots.dispatch_mask, slots.combine_array)
     for name in ("weight", "assignments", "slots_per_token"):
         np.testing.assert_array_equal(

@@ -24,12 +24,12 @@ def test_whole_numbers_beyond_int32(value):
 
 
 @pytest.mark.parametrize("value", [1.0, "1", None, True])
-def test_what_is_no_whole_number(value):
+def test_values_that_are_not_whole_numbers(value):
     with pytest.raises(TypeError, match="`k` must be an int"):
         checks.whole_number("k", value)
 
 
-def test_numpy_numbers_are_numbers():
+def test_numpy_numbers_are_accepted():
     assert checks.whole_number("k", np.int64(3)) == 3
     assert type(checks.number("x", np.float32(0.5))) is float
 
@@ -47,7 +47,7 @@ def test_rates_out_of_range(value):
 
 
 @pytest.mark.parametrize("value", ["1", None, True, [1.0]])
-def test_what_is_no_number(value):
+def test_values_that_are_not_numbers(value):
     with pytest.raises(TypeError, match="`x` must be a number"):
         checks.number("x", value)
 
@@ -71,12 +71,12 @@ def test_rounding_errors_in_examples_per_group(value, n):
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, 0.4, 1e-320, 1e12, 1e-12, math.nan])
-def test_examples_per_group_that_are_neither_whole_nor_one_over_whole(value):
+def test_bad_examples_per_group(value):
     with pytest.raises(ValueError, match="`examples_per_group` must be"):
         checks.examples_per_group(value)
 
 
 @pytest.mark.parametrize("value", ["x", 1, {}, {"class_name": "function"}])
-def test_what_keras_does_not_know(value):
+def test_values_unknown_to_keras(value):
     with pytest.raises(ValueError, match="`f` must be a name or config known to Keras"):
         checks.from_keras("f", value, keras.activations.get)

@@ -6,28 +6,28 @@ from keras_moe import FeedForwardExperts, HierarchicalMoeLayer, Top2MaskedRouter
 from keras_moe.utils import initializers
 
 
-def test_the_default():
+def test_the_default_initializer():
     initializer = initializers.get("kernel_initializer", None)
     assert isinstance(initializer, keras.initializers.TruncatedNormal)
     assert initializer.stddev == 0.02
     assert isinstance(initializers.get("b", "zeros"), keras.initializers.Zeros)
 
 
-def test_copies_draw_other_values():
+def test_clones_draw_different_values():
     initializer = initializers.get("kernel_initializer", None)
     a = keras.ops.convert_to_numpy(initializers.clone(initializer)((3, 3)))
     b = keras.ops.convert_to_numpy(initializers.clone(initializer)((3, 3)))
     assert (a != b).all()
 
 
-def test_a_function_is_its_own_copy():
+def test_a_function_is_not_cloned():
     def ones(shape, dtype=None):
         return np.ones(shape)
 
     assert initializers.clone(ones) is ones
 
 
-# Every initializer of Keras that makes a kernel of a dense layer.
+# All initializers of Keras that suit the kernel of a dense layer.
 KERAS = [
     *("glorot_uniform", "glorot_normal", "he_uniform", "he_normal"),
     *("lecun_uniform", "lecun_normal", "random_uniform", "random_normal"),
@@ -41,7 +41,7 @@ KERAS = [
 
 @pytest.mark.parametrize("experts", [8, 64])
 @pytest.mark.parametrize("initializer", KERAS)
-def test_each_expert_starts_as_a_dense_layer_of_its_own(initializer, experts):
+def test_each_expert_is_initialized_like_a_dense_layer(initializer, experts):
     h, f = 64, 96
     dense = keras.layers.Dense(f, kernel_initializer=initializer)
     dense.build((None, h))
@@ -51,7 +51,7 @@ def test_each_expert_starts_as_a_dense_layer_of_its_own(initializer, experts):
     for dense in (layer.intermediate_layer, layer.gate_layer):
         kernel = keras.ops.convert_to_numpy(dense.kernel)
         np.testing.assert_allclose(kernel.std(axis=(1, 2)), expected, rtol=0.07)
-        # And all experts differ.
+        # All experts differ.
         assert len(np.unique(kernel[:, 0, 0])) == experts
 
 
@@ -61,12 +61,12 @@ def test_an_orthogonal_expert_is_orthogonal():
         np.testing.assert_allclose(kernel.T @ kernel, np.eye(4), atol=1e-5)
 
 
-def test_identities():
+def test_identity():
     kernels = initializers.Stacked(keras.initializers.get("identity"))((3, 4, 4))
     np.testing.assert_array_equal(kernels, np.broadcast_to(np.eye(4), (3, 4, 4)))
 
 
-def test_a_function_sees_the_shape_of_one_expert():
+def test_a_function_receives_the_shape_of_one_expert():
     def sizes(shape, dtype=None):
         return keras.ops.full(shape, 100 * len(shape) + shape[-1], dtype=dtype)
 
@@ -76,7 +76,7 @@ def test_a_function_sees_the_shape_of_one_expert():
     np.testing.assert_array_equal(bias, np.full((2, 1, 4), 104))
 
 
-def test_a_seed_gives_the_same_experts_again():
+def test_a_seed_makes_experts_reproducible():
     for make in (keras.initializers.HeNormal, keras.initializers.Orthogonal):
         a, b = (initializers.Stacked(make(seed=7))((3, 4, 4)) for _ in range(2))
         np.testing.assert_array_equal(a, b)
@@ -86,7 +86,7 @@ def test_a_seed_gives_the_same_experts_again():
     assert (keras.ops.convert_to_numpy(a) != keras.ops.convert_to_numpy(b)).all()
 
 
-def test_the_inner_gates_of_two_levels_start_alike():
+def test_the_inner_gates_have_the_scale_of_a_single_gate():
     layer = HierarchicalMoeLayer(
         FeedForwardExperts(32, 4),
         Top2MaskedRouter(8, name="outer"),

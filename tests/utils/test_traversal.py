@@ -29,7 +29,7 @@ def test_layers_at_any_depth_are_found_once():
     inner = functional(first, (4, 5))
     inputs = keras.Input((4, 5))
     outputs = Block(second)(inner(inputs))
-    outputs = MoeLayerWithBackbone(third, 3)(first(outputs))  # The first one again.
+    outputs = MoeLayerWithBackbone(third, 3)(first(outputs))  # Reuses the first layer.
     model = Subclassed(keras.Model(inputs, outputs))
     found = find_layers(model, MoeLayer)
     assert sorted(layer.name for layer in found) == ["moe_0", "moe_1", "moe_2"]
