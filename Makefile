@@ -43,7 +43,7 @@ examples: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-examples
 test: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-test
 	$(pytest) tests --ignore tests/peers --ignore tests/cross $(select)
 
-test-all: $(venv)/with-onnx
+test-all: $(venv)/with-onnx $(venv)/with-orbax
 	$(MAKE) test select= KERAS_BACKEND=tensorflow
 	$(MAKE) test select= KERAS_BACKEND=jax
 	$(MAKE) test select= KERAS_BACKEND=torch

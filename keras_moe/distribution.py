@@ -2,13 +2,16 @@
 
 import keras
 
+from keras_moe.utils.layouts import register_layout_map
+
 
 def expert_layout_map(device_mesh, axis="expert"):
     """Creates a layout map that splits experts over the devices of a mesh axis.
 
-    The kernels and biases of `FeedForwardExperts` are split along their expert axis.
-    All other variables are replicated, unless you add entries for them: the result is
-    an ordinary `keras.distribution.LayoutMap`.
+    The weights of `FeedForwardExperts`, whatever their names, are split along their
+    expert axis: kernels and biases, those of adapters (LoRA), and quantized ones. Each
+    is added to the map when it is created. All other variables are replicated, unless
+    you add entries for them: the result is an ordinary `keras.distribution.LayoutMap`.
 
     Args:
         device_mesh: `keras.distribution.DeviceMesh`.
@@ -20,7 +23,9 @@ def expert_layout_map(device_mesh, axis="expert"):
         A `keras.distribution.LayoutMap`.
 
     Raises:
-        ValueError: if the mesh has no such axis.
+        ValueError: if the mesh has no such axis; when a model is built, if the number
+            of experts is not a multiple of the axis' size, or for
+            `HeterogeneousExperts`, which cannot be split.
 
     Example:
 
@@ -44,9 +49,5 @@ def expert_layout_map(device_mesh, axis="expert"):
             f"Received: axis={axis!r}."
         )
     layout_map = keras.distribution.LayoutMap(device_mesh)
-    layout_map[r".*experts/(gate|intermediate|output)/(kernel|bias)"] = (
-        axis,
-        None,
-        None,
-    )
+    register_layout_map(layout_map, axis)
     return layout_map

@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_moe.layers.base_layer import BaseMoeLayer
 from keras_moe.layers.moe_layer import MoeLayer
+from keras_moe.routing import grouping
 from keras_moe.utils import checks
 from keras_moe.utils.traversal import find_layers
 
@@ -133,8 +134,9 @@ def summary(model, tokens_per_group=None, print_fn=print):
 def _group_size(layer, tokens_per_group):
     if tokens_per_group is not None:
         return tokens_per_group
-    if layer.built_tokens_per_group is not None:
-        return layer.built_tokens_per_group
+    size = grouping.tokens_per_group(layer.built_shape, layer.examples_per_group)
+    if size is not None:
+        return size
     if layer.count_slots(1, training=True) is layer.count_slots(1, False) is None:
         return 1  # Without a capacity it does not matter.
     raise ValueError(

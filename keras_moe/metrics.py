@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.kernels import STATE_IS_PASSED, scatter_add_rows
+from keras_moe.kernels.state import OwnedVariable
 
 
 class LayerMetrics:
@@ -59,7 +60,7 @@ class LayerMetrics:
                 )
             export_metrics = tuple(export_metrics)
         self.export_metrics = export_metrics
-        self._running_means = _RunningMeans(self.name) if export_metrics else None
+        self._running_means = _RunningMeans(self) if export_metrics else None
 
     def add_metric(self, value, name):
         """Averages a scalar over the epoch.
@@ -74,18 +75,19 @@ class LayerMetrics:
         """
         self.add_metrics({name: value})
 
-    def add_metrics(self, values):
+    def add_metrics(self, values, weight=1.0):
         """Averages several scalars, in one update: see `add_metric`.
 
         Args:
             values: dict of names to scalars.
+            weight: scalar, the weight of this batch in the average. Defaults to 1.
         """
         if not self.export_metrics:
             return
         if self.export_metrics is not True:
             values = {n: v for n, v in values.items() if n in self.export_metrics}
         if values:
-            self._running_means.update(values, self.metrics_prefix)
+            self._running_means.update(values, weight)
 
     @property
     def metrics_prefix(self):
@@ -109,26 +111,8 @@ class LayerMetrics:
         return [self._running_means.state] if self.export_metrics else []
 
 
-def running_sums(shape, name):
-    """Creates a variable for sums over batches that is not a weight of a layer."""
-    # It has an initializer instead of an array, so that a layer can be created while
-    # another is built symbolically, and no autocast: bfloat16 cannot count beyond 256.
-    return keras.Variable(
-        initializer="zeros",
-        shape=shape,
-        dtype="float32",
-        trainable=False,
-        autocast=False,
-        aggregation="sum",
-        # With other values a replica waits here for the others, and discards losses
-        # that were already added.
-        synchronization="on_read",
-        name=name,
-    )
-
-
 class _RunningMeans:
-    """Sums and counts of named values, in one variable.
+    """Weighted sums of named values, and their weights, in one variable.
 
     This is not a Keras object, so Keras does not track the variable as a weight. The
     variable has room for metrics that are first named while a step is compiled, when no
@@ -138,27 +122,30 @@ class _RunningMeans:
     room = 32
 
     def __init__(self, owner):
-        self.state = running_sums((self.room, 2), f"{owner}_running_means")
+        self.state = OwnedVariable(owner, "running_means", (self.room, 2))
         self.views = []
+        self._owner = owner
         self._columns = {}
         self._traced = None
 
-    def update(self, values, prefix):
+    def update(self, values, weight):
         for name in values:
             if not isinstance(name, str):
                 raise TypeError(
                     f"The name of a metric must be a string. Received: {name!r}."
                 )
             if name not in self._columns:
-                self._add_column(name, prefix)
+                self._add_column(name)
         columns = ops.convert_to_tensor([self._columns[name] for name in values])
         sums = ops.stack([_scalar(*value) for value in values.items()])
-        counted = ops.stop_gradient(ops.stack([sums, ops.ones_like(sums)], axis=-1))
-        sums = scatter_add_rows(counted[None], columns[None], self.room)
-        self.state.assign_add(sums[0])
+        weighted = ops.stack([sums, ops.ones_like(sums)], axis=-1) * weight
+        sums = scatter_add_rows(
+            ops.stop_gradient(weighted)[None], columns[None], self.room
+        )
+        changed = self.state.add(sums[0])
         # A step on JAX reads results before the variable has its new value. This is
         # that value while the step is traced.
-        if STATE_IS_PASSED:
+        if changed and STATE_IS_PASSED:
             self._traced = ops.stop_gradient(ops.convert_to_tensor(self.state))
 
     def result(self, column):
@@ -166,8 +153,8 @@ class _RunningMeans:
             if state is None:
                 continue
             try:
-                total, count = state[column, 0], state[column, 1]
-                return total / ops.maximum(count, 1.0)
+                total, weight = state[column, 0], state[column, 1]
+                return total / ops.where(weight > 0, weight, 1.0)
             except (TypeError, ValueError):
                 # From a trace that has ended, or without a value in this one.
                 continue
@@ -180,7 +167,7 @@ class _RunningMeans:
         state = ops.convert_to_tensor(self.state)
         self.state.assign(ops.where(kept, state, 0.0))
 
-    def _add_column(self, name, prefix):
+    def _add_column(self, name):
         column = len(self._columns)
         if column == self.room:
             raise ValueError(
@@ -188,7 +175,9 @@ class _RunningMeans:
                 f"Received one more: name={name!r}."
             )
         self._columns[name] = column
-        self.views.append(_View(self, column, name=f"{prefix}/{name}"))
+        self.views.append(
+            _View(self, column, name=f"{self._owner.metrics_prefix}/{name}")
+        )
 
 
 def _scalar(name, value):

@@ -5,11 +5,14 @@ from keras import ops
 
 from keras_moe import (
     FeedForwardExperts,
+    HierarchicalMoeLayer,
     LayerMetrics,
     MaskedRouter,
     MoeLayer,
+    MoeLayerWithBackbone,
     RouterMask,
     Slots,
+    Top2MaskedRouter,
 )
 from keras_moe.routing.statistics import routing_statistics
 
@@ -204,16 +207,38 @@ def test_the_state_is_not_a_weight(tmp_path):
 
 
 def test_the_state_tree_of_a_model():
-    """Works with several routers if their names differ."""
+    """Works with several layers whose routers have the same name."""
     inputs = x = keras.Input((8, 4))
     for name in ("a", "b"):
-        router = MaskedRouter(3, name=f"{name}_router")
-        x = x + MoeLayer(FeedForwardExperts(3, 5), router, name=name)(x)
+        x = x + MoeLayer(FeedForwardExperts(3, 5), MaskedRouter(3), name=name)(x)
     model = keras.Model(inputs, x)
     model.compile("sgd", "mse")
     tree = model.get_state_tree()
-    assert "a_router_running_means" in tree["non_trainable_variables"]
+    assert "running_means" in tree["non_trainable_variables"]["a"]["router"]
     model.set_state_tree(tree)
+
+
+def test_each_metric_is_listed_once():
+    inputs = keras.Input((8, 4))
+    moe = MoeLayer(FeedForwardExperts(3, 5), MaskedRouter(3), name="moe")
+    layers = [MoeLayerWithBackbone(moe, 5), make_hierarchical()]
+    x = inputs
+    for layer in layers:
+        x = layer(x)
+    model = keras.Model(inputs, x)
+    model.compile("sgd", "mse", metrics=["mae"])
+    x = np.ones((2, 8, 4))
+    assert len(model.evaluate(x, x, verbose=0)) == 2 + 3 * 6
+    names = [metric.name for metric in model.metrics]
+    assert len(set(names)) == len(names)
+
+
+def make_hierarchical():
+    return HierarchicalMoeLayer(
+        FeedForwardExperts(4, 5),
+        MaskedRouter(2, name="outer"),
+        Top2MaskedRouter(2, name="inner"),
+    )
 
 
 def test_loaded_and_cloned_models_report_the_same(tmp_path):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe.kernels import grouped_dense
 from keras_moe.utils import initializers
+from keras_moe.utils.layouts import lay_out_expert_weight
 
 
 # The name of the class is in files, as that of every layer that a list holds.
@@ -45,7 +46,12 @@ class ExpertDense(keras.layers.EinsumDense):
             bias_initializer=initializers.Stacked(bias, bias=True),
             **kwargs,
         )
-        self.units = units
+        self.num_experts, self.units = num_experts, units
+
+    def add_weight(self, shape=None, *args, name=None, **kwargs):
+        if shape and shape[0] == self.num_experts:
+            lay_out_expert_weight(f"{self.path}/{name}", shape)
+        return super().add_weight(shape, *args, name=name, **kwargs)
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -6,10 +6,11 @@ import keras
 from keras import ops
 
 from keras_moe.utils import checks, initializers
+from keras_moe.utils.composite import CompositeLayer
 from keras_moe.utils.serialization import base_dtype_policy
 
 
-class BaseFeedForward(keras.layers.Layer):
+class BaseFeedForward(CompositeLayer):
     """Two dense layers with an activation between them, or three if gated. Abstract.
 
     A subclass creates its dense layers in `_make_dense`. The arguments are those of
@@ -72,12 +73,11 @@ class BaseFeedForward(keras.layers.Layer):
     def build(self, input_shape):
         hidden = input_shape[-1]
         self.output_layer = self._make_dense(hidden, name="output")
-        # It did not exist when the layer was frozen.
-        self.output_layer.trainable = self.trainable
         self.intermediate_layer.build(input_shape)
         if self.gated:
             self.gate_layer.build(input_shape)
         self.output_layer.build((*input_shape[:-1], self.d_ff))
+        self.restore_trainable()
 
     @property
     def dense_layers(self):

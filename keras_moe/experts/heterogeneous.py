@@ -4,11 +4,12 @@ import keras
 from keras import ops
 
 from keras_moe.utils import checks
-from keras_moe.utils.serialization import deserialize_sublayers
+from keras_moe.utils.composite import CompositeLayer
+from keras_moe.utils.layouts import refuse_layout
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class HeterogeneousExperts(keras.layers.Layer):
+class HeterogeneousExperts(CompositeLayer):
     """Experts of different architectures, each called on its own slots.
 
     They need a capacity.
@@ -40,6 +41,8 @@ class HeterogeneousExperts(keras.layers.Layer):
     ```
     """
 
+    serialized_sublayers = ("experts",)
+
     def __init__(self, experts, *, name="experts", **kwargs):
         super().__init__(name=name, **kwargs)
         if not isinstance(experts, (list, tuple)) or not all(
@@ -55,12 +58,14 @@ class HeterogeneousExperts(keras.layers.Layer):
 
     def build(self, input_shape):
         checks.experts_shape(input_shape, self.num_experts)
+        refuse_layout(self)
         groups, _, capacity, hidden = input_shape
         for expert in self.experts:
             # A symbolic call builds any layer, with or without a `build`.
             expert(
                 keras.KerasTensor((groups, capacity, hidden), dtype=self.compute_dtype)
             )
+        self.restore_trainable()
 
     def call(self, inputs):
         slots = ops.unstack(inputs, self.num_experts, axis=1)
@@ -75,7 +80,3 @@ class HeterogeneousExperts(keras.layers.Layer):
     def get_config(self):
         experts = [keras.saving.serialize_keras_object(e) for e in self.experts]
         return {**super().get_config(), "experts": experts}
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**deserialize_sublayers(config, "experts"))

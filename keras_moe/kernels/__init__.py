@@ -1,10 +1,10 @@
-"""Operations on rows, for each backend: gather, scatter-add, sort, grouped matmul.
+"""What depends on the backend: operations on rows, and the state of layers.
 
 May import: nothing of this package.
 
-No other room imports or names a backend. Each
-operation has a form in `keras.ops` (`plain`) that runs everywhere, and one that is
-fast on its backend. An index of -1 means no row.
+No other room imports or names a backend. Each operation has a form in `keras.ops`
+(`plain`) that runs everywhere, and one that is fast on its backend. `state` decides
+when variables that are not weights may change, and how losses leave a layer.
 """
 
 import importlib
@@ -27,10 +27,13 @@ XLA_COMPILES_ROWS = BACKEND != "tensorflow"
 _known = BACKEND if BACKEND in ("tensorflow", "jax", "torch") else "plain"
 _kernels = importlib.import_module(f"{__name__}.{_known}")
 
+ForwardPasses = _kernels.ForwardPasses
 argsort = _kernels.argsort
 as_size = _kernels.as_size
+can_assign = _kernels.can_assign
 gather_rows = _kernels.gather_rows
 grouped_dense = _kernels.grouped_dense
+loss_is_reachable = _kernels.loss_is_reachable
 num_row_shards = _kernels.num_row_shards
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows

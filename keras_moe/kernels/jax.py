@@ -8,7 +8,12 @@ import keras
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from keras_moe.kernels.plain import argsort, as_size, split_rows  # noqa: F401
+from keras_moe.kernels.plain import (  # noqa: F401
+    ForwardPasses,
+    argsort,
+    as_size,
+    split_rows,
+)
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
 # matrices less often, come first if the average group fills one.
@@ -215,3 +220,24 @@ def _over_equal_blocks(update, result, firsts, ends, blocks, size, num_rows):
         return update(result, group, own, block, start)
 
     return lax.fori_loop(0, last[-1], body, result)
+
+
+def can_assign(old, new):
+    return _trace(old) is _trace(new)
+
+
+def loss_is_reachable(loss):
+    with keras.StatelessScope(initialize_variables=False) as probe:
+        scope = probe.original_scope
+    if scope is None:
+        return True
+    # The programs of the values that the step passes in: its own, and its gradient's.
+    traces = [None, *(_trace(value) for value in scope.state_mapping.values())]
+    own = _trace(loss), _trace(lax.stop_gradient(loss))
+    return any(trace is x for trace in traces for x in own)
+
+
+def _trace(value):
+    """Returns the trace that a value belongs to; `None` for an array."""
+    trace = getattr(value, "_trace", None)
+    return getattr(trace, "main", None) or trace  # `main` in old versions of JAX.

@@ -1,4 +1,7 @@
-"""The kernels in `keras.ops`: for any backend, and the reference in tests."""
+"""The kernels in `keras.ops`: for any backend, and the reference in tests.
+
+An index of -1 means no row.
+"""
 
 import itertools
 
@@ -112,3 +115,49 @@ def split_rows(rows, group_sizes):
     """
     ends = [0, *(int(end) for end in ops.cumsum(group_sizes)), None]
     return [rows[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def can_assign(old, new):
+    """Returns whether a variable may be assigned in the running program.
+
+    A value that belongs to an inner program, such as the body of a loop, must not
+    leave it.
+
+    Args:
+        old: tensor, the value of the variable.
+        new: tensor, the value to assign, without a gradient.
+    """
+    return True
+
+
+def loss_is_reachable(loss):
+    """Returns whether the training step can use a loss that is added here.
+
+    A loss in an inner program, such as the body of a loop, is out of its reach.
+
+    Args:
+        loss: scalar tensor.
+    """
+    return True
+
+
+class ForwardPasses:
+    """Tells the second forward pass of a rematerialized function from the first.
+
+    A rematerialized function (`keras.remat`) runs again in the backward pass.
+    """
+
+    # Whether a loss of the first pass has a gradient; otherwise that of the second has.
+    first_has_gradient = True
+
+    def next(self, value=None):
+        """Begins a pass.
+
+        Args:
+            value: tensor that may change after the pass, or `None`.
+
+        Returns:
+            A pair: whether it is a second pass, and the value; in a second pass the
+            value of the first.
+        """
+        return False, value

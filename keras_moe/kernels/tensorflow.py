@@ -1,9 +1,22 @@
 """The kernels for TensorFlow."""
 
+import collections
+import re
+import weakref
+
 import tensorflow as tf
 from keras import ops
 
-from keras_moe.kernels.plain import argsort, as_size, flat_index, num_row_shards  # noqa: F401
+from keras_moe.kernels.plain import (  # noqa: F401
+    argsort,
+    as_size,
+    can_assign,
+    flat_index,
+    num_row_shards,
+)
+
+# The graphs of loops and branches inside a layer, whose name scope precedes this.
+INNER_GRAPH = re.compile(r".+_(while_body|cond_true|cond_false)_\d+$")
 
 
 def gather_rows(x, index):
@@ -53,3 +66,38 @@ def grouped_dense(rows, kernel, bias, group_sizes):
         results = [y + b for y, b in pairs]
     zeros = tf.zeros([tf.shape(remaining)[0], kernel.shape[-1]], rows.dtype)
     return tf.concat([*results, zeros], axis=0)
+
+
+def loss_is_reachable(loss):
+    if tf.executing_eagerly():
+        return True
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if INNER_GRAPH.match(getattr(graph, "name", "")):
+            return False
+        graph = getattr(graph, "outer_graph", None)
+    return True
+
+
+class ForwardPasses:
+    first_has_gradient = False
+
+    def __init__(self):
+        # The values of first passes whose second ones are still to come.
+        self._values = weakref.WeakKeyDictionary()
+
+    def next(self, value=None):
+        graph = tf.compat.v1.get_default_graph()
+        values = self._values.setdefault(graph, collections.deque(maxlen=64))
+        if _recording_is_stopped():  # As `tf.recompute_grad` does for the first pass.
+            values.append(value)
+            return False, value
+        return (True, values.pop()) if values else (False, value)
+
+
+def _recording_is_stopped():
+    x = tf.ones(())
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = tf.identity(x)
+    return tape.gradient(y, x) is None

@@ -1,10 +1,16 @@
 """The kernels for PyTorch."""
 
+import collections
+
 import torch
 from keras import ops
 
 from keras_moe.kernels import plain
-from keras_moe.kernels.plain import flat_index, num_row_shards  # noqa: F401
+from keras_moe.kernels.plain import (  # noqa: F401
+    flat_index,
+    loss_is_reachable,
+    num_row_shards,
+)
 
 # Missing in old versions.
 HAS_GROUPED_MM = hasattr(torch.nn.functional, "grouped_mm")
@@ -51,9 +57,21 @@ def split_rows(rows, group_sizes):
 def grouped_dense(rows, kernel, bias, group_sizes):
     if rows.device.type == "meta":
         return rows.new_empty((rows.shape[0], kernel.shape[2]))
+    if torch.compiler.is_compiling():
+        return _by_groups(rows, kernel, bias, group_sizes)
     if HAS_GROUPED_MM and rows.device.type == "cuda" and _suits_grouped_mm(kernel):
         return by_grouped_mm(rows, kernel, bias, group_sizes)
-    return _GroupedDense.apply(rows, kernel, bias, group_sizes)
+    return _GroupedDense.apply(rows, kernel, bias, _slices(group_sizes))
+
+
+def _by_groups(rows, kernel, bias, group_sizes):
+    """`grouped_dense` for compilers, which know the sizes as symbols only."""
+    *groups, remaining = split_rows(rows, group_sizes)
+    results = [x @ w for x, w in zip(groups, kernel, strict=True)]
+    if bias is not None:
+        results = [y + b for y, b in zip(results, bias, strict=True)]
+    zeros = remaining.new_zeros((remaining.shape[0], kernel.shape[2]))
+    return torch.cat([*results, zeros])
 
 
 def _suits_grouped_mm(kernel):
@@ -79,41 +97,52 @@ class _GroupedDense(torch.autograd.Function):
     """One matrix product per group, written into its rows of the result."""
 
     @staticmethod
-    def forward(ctx, rows, kernel, bias, group_sizes):
+    def forward(ctx, rows, kernel, bias, groups):
         result = rows.new_empty((rows.shape[0], kernel.shape[2]))
-        groups = _slices(group_sizes)
         for i, group in groups:
             x, y = rows[group], result[group]
             if bias is None:
                 torch.mm(x, kernel[i], out=y)
             else:
                 torch.addmm(bias[i], x, kernel[i], out=y)
-        _zero_remaining(result, groups)
+        result[groups[-1][1].stop if groups else 0 :] = 0
         ctx.save_for_backward(rows, kernel)
         ctx.groups, ctx.with_bias = groups, bias is not None
         return result
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        rows, kernel = ctx.saved_tensors
-        upstream = upstream.contiguous()
-        d_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        d_kernel, d_bias = torch.empty_like(kernel), None
+        (rows, kernel), groups = ctx.saved_tensors, ctx.groups
+        upstream, d_rows, d_bias = upstream.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            d_rows = _GroupedDense.apply(upstream, kernel.mT, None, groups)
+        num_groups = kernel.shape[0]
+        d_kernel = _GroupedOuter.apply(rows, upstream, groups, num_groups)
         if ctx.with_bias:
-            d_bias = kernel.new_zeros((kernel.shape[0], 1, kernel.shape[2]))
-        for i in set(range(kernel.shape[0])) - {i for i, _ in ctx.groups}:
-            d_kernel[i] = 0
-        for i, group in ctx.groups:
-            x, y = rows[group], upstream[group]
-            torch.mm(x.T, y, out=d_kernel[i])
-            if ctx.with_bias:
-                torch.sum(y, 0, keepdim=True, out=d_bias[i])
-            if d_rows is not None:
-                torch.mm(y, kernel[i].T, out=d_rows[group])
-        if d_rows is not None:
-            _zero_remaining(d_rows, ctx.groups)
+            ones = upstream.new_ones((rows.shape[0], 1))
+            d_bias = _GroupedOuter.apply(ones, upstream, groups, num_groups)
         return d_rows, d_kernel, d_bias, None
+
+
+class _GroupedOuter(torch.autograd.Function):
+    """`x.T · y` per group: the gradient of the matrices in `_GroupedDense`."""
+
+    @staticmethod
+    def forward(ctx, x, y, groups, num_groups):
+        result = x.new_empty((num_groups, x.shape[1], y.shape[1]))
+        for i in set(range(num_groups)) - {i for i, _ in groups}:
+            result[i] = 0
+        for i, group in groups:
+            torch.mm(x[group].T, y[group], out=result[i])
+        ctx.save_for_backward(x, y)
+        ctx.groups = groups
+        return result
+
+    @staticmethod
+    def backward(ctx, upstream):
+        x, y = ctx.saved_tensors
+        d_x = _GroupedDense.apply(y, upstream.mT, None, ctx.groups)
+        return d_x, _GroupedDense.apply(x, upstream, None, ctx.groups), None, None
 
 
 def _slices(group_sizes):
@@ -126,5 +155,23 @@ def _slices(group_sizes):
     return groups
 
 
-def _zero_remaining(rows, groups):
-    rows[groups[-1][1].stop if groups else 0 :] = 0
+def can_assign(old, new):
+    if torch.compiler.is_compiling():  # It cannot compile the other call.
+        return True
+    return torch._C._functorch.maybe_current_level() is None  # `vmap`, `grad`.
+
+
+class ForwardPasses:
+    first_has_gradient = True
+
+    def __init__(self):
+        self._values = collections.deque(maxlen=64)
+
+    def next(self, value=None):
+        if torch.compiler.is_compiling():  # It cannot compile the other call.
+            return False, value
+        if torch._C._current_graph_task_id() != -1:  # Within a backward pass.
+            return True, self._values.pop() if self._values else value
+        if value is not None:
+            self._values.append(value.clone())
+        return False, value

@@ -1,14 +1,17 @@
 """The pipeline of every Mixture-of-Experts layer: group, route, dispatch, combine."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_moe.routing.dispatch import combine, dispatch
-from keras_moe.routing.grouping import group, tokens_per_group, ungroup
+from keras_moe.routing.grouping import group, ungroup
 from keras_moe.routing.sharding import shard_by_expert, shard_by_group
 from keras_moe.routing.values import group_size_arguments
 from keras_moe.utils import checks
-from keras_moe.utils.serialization import deserialize_sublayers
+from keras_moe.utils.composite import CompositeLayer
+from keras_moe.utils.traversal import child_layers
 
 # Arguments of the router and the experts, also under the names of other packages.
 _OF_ROUTER = (
@@ -30,7 +33,7 @@ HINTS = {
 }
 
 
-class BaseMoeLayer(keras.layers.Layer):
+class BaseMoeLayer(CompositeLayer):
     """Dispatches tokens to experts and combines their outputs. Abstract.
 
     A subclass implements `compute_routing` and `count_slots`.
@@ -42,10 +45,13 @@ class BaseMoeLayer(keras.layers.Layer):
         **kwargs: forwarded to `keras.layers.Layer`.
     """
 
+    serialized_sublayers = ("experts",)
     # The largest number of experts of a token; `None` where experts choose.
     experts_per_token = None
-    # The group size of the shape that the layer was built with, if it is known.
-    built_tokens_per_group = None
+    # The shape that the layer was built with.
+    built_shape = None
+    # Whether a `keras.RematScope` applies to the layer.
+    rematerializes = False
 
     def __init__(self, experts, *, examples_per_group=1.0, name=None, **kwargs):
         checks.no_foreign_arguments(self, kwargs, HINTS)
@@ -94,9 +100,7 @@ class BaseMoeLayer(keras.layers.Layer):
 
     def build(self, input_shape):
         self._check_input_shape(input_shape)
-        self.built_tokens_per_group = tokens_per_group(
-            input_shape, self.examples_per_group
-        )
+        self.built_shape = tuple(input_shape)
         hidden = input_shape[-1]
         self.input_spec = keras.InputSpec(min_ndim=2, axes={-1: hidden})
         # A symbolic call builds any layer, with or without a `build`.
@@ -112,14 +116,26 @@ class BaseMoeLayer(keras.layers.Layer):
             )
 
     def call(self, inputs, mask=None, training=None, return_routing=False):
+        inputs = ops.cast(inputs, self.compute_dtype)
         tokens, mask = self._group(inputs, mask)
         routing = self.compute_routing(tokens, mask, training)
         buffers = shard_by_expert(dispatch(tokens, routing), self.experts)
-        results = self.experts(buffers, **group_size_arguments(routing))
+        experts = functools.partial(
+            self.experts, training=training, **group_size_arguments(routing)
+        )
+        if self.rematerializes:
+            experts = keras.remat(experts)
+        results = experts(buffers)
         results = shard_by_group(results, self.experts)
         outputs = ops.cast(combine(results, routing), self.compute_dtype)
         outputs = ungroup(outputs, inputs, self.examples_per_group)
         return (outputs, routing) if return_routing else outputs
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # The experts are rematerialized alone: losses and state stay in reach.
+        call = super().rematerialized_call(layer_call, *args, **kwargs)
+        self.rematerializes = call is not layer_call
+        return layer_call
 
     def route(self, inputs, mask=None, training=False):
         """Returns the routing of inputs, without calling the experts.
@@ -161,6 +177,13 @@ class BaseMoeLayer(keras.layers.Layer):
                 f"Received: examples_per_group={examples:g}, input_shape={shape}."
             )
 
+    @property
+    def metrics(self):
+        # Without those of sublayers: Keras collects the metrics of every layer of a
+        # model, and would list these twice.
+        nested = {id(m) for layer in child_layers(self) for m in layer.metrics}
+        return [m for m in super().metrics if id(m) not in nested]
+
     def compute_output_shape(self, input_shape):
         return input_shape
 
@@ -185,10 +208,6 @@ class BaseMoeLayer(keras.layers.Layer):
             "experts": keras.saving.serialize_keras_object(self.experts),
             "examples_per_group": self.examples_per_group,
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**deserialize_sublayers(config, "experts"))
 
 
 def _check_mask_shape(mask, inputs):

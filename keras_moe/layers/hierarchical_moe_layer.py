@@ -13,7 +13,6 @@ from keras_moe.routing.placement import (
     selection_load,
 )
 from keras_moe.routing.values import Slots
-from keras_moe.utils.serialization import deserialize_sublayers
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -72,6 +71,8 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
         [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), appendix B.
     """
 
+    serialized_sublayers = ("experts", "outer_router", "inner_router")
+
     def __init__(
         self,
         experts,
@@ -115,6 +116,7 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
         if not self.inner_router.built:
             outer = self.outer_router.num_experts
             self.inner_router.build((None, outer, None, hidden))
+        self.restore_trainable()
 
     @property
     def experts_per_token(self):
@@ -167,6 +169,7 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
         slots = assign_slots(both, probs, capacity, load=load)
         if report:
             self._report_inner(slots, first, important, logits, valid)
+            slots = router.with_attached_losses(slots)
         return slots
 
     def _report_inner(self, slots, first, important, logits, valid):
@@ -220,9 +223,3 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
             "outer_router": keras.saving.serialize_keras_object(self.outer_router),
             "inner_router": keras.saving.serialize_keras_object(self.inner_router),
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(
-            **deserialize_sublayers(config, "experts", "outer_router", "inner_router")
-        )

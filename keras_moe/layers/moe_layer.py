@@ -10,7 +10,6 @@ from keras_moe.kernels import XLA_COMPILES_ROWS
 from keras_moe.layers.capacity_layer import CapacityMoeLayer
 from keras_moe.routers import Router
 from keras_moe.routing.values import check_has_probs
-from keras_moe.utils.serialization import deserialize_sublayers
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -78,6 +77,8 @@ class MoeLayer(CapacityMoeLayer):
         capacity.
     """
 
+    serialized_sublayers = ("experts", "router")
+
     def __init__(
         self,
         experts,
@@ -110,6 +111,7 @@ class MoeLayer(CapacityMoeLayer):
         super().build(input_shape)
         if not self.router.built:
             self.router.build((None, None, input_shape[-1]))
+        self.restore_trainable()
 
     def compute_routing(self, tokens, mask, training, report=True):
         return self.call_router(self.router, tokens, mask, training, report)
@@ -164,10 +166,6 @@ class MoeLayer(CapacityMoeLayer):
             **super().get_config(),
             "router": keras.saving.serialize_keras_object(self.router),
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**deserialize_sublayers(config, "experts", "router"))
 
 
 def _check_supports_dropless(experts, router):

@@ -7,11 +7,11 @@ from keras_moe.experts import FeedForward
 from keras_moe.layers.moe_layer import MoeLayer
 from keras_moe.routers import Gate
 from keras_moe.utils import checks
-from keras_moe.utils.serialization import deserialize_sublayers
+from keras_moe.utils.composite import CompositeLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoeLayerWithBackbone(keras.layers.Layer):
+class MoeLayerWithBackbone(CompositeLayer):
     """A `MoeLayer` plus a feed-forward layer for every token (a shared expert).
 
     `backbone(x) + moe(x)`. With `backbone_gate=True`, and a kernel `w` `[h, 1]`,
@@ -63,6 +63,9 @@ class MoeLayerWithBackbone(keras.layers.Layer):
         [Dai et al., 2024](https://arxiv.org/abs/2401.06066), section 3.2, for shared
         experts.
     """
+
+    serialized_sublayers = ("moe",)
+    built_shape = None
 
     def __init__(
         self,
@@ -124,6 +127,8 @@ class MoeLayerWithBackbone(keras.layers.Layer):
             self.backbone_gate_layer.build(input_shape)
         if not self.moe.built:
             self.moe.build(input_shape)
+        self.built_shape = tuple(input_shape)
+        self.restore_trainable()
 
     def call(self, inputs, mask=None, training=None):
         backbone = self.backbone(inputs, training=training)
@@ -135,6 +140,15 @@ class MoeLayerWithBackbone(keras.layers.Layer):
     def quantized_call(self, *args, **kwargs):
         # The sublayers are quantized, not this layer.
         return self.call(*args, **kwargs)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        call = super().rematerialized_call(layer_call, *args, **kwargs)
+        self.moe.rematerializes |= call is not layer_call
+        return layer_call  # Its sublayers are rematerialized.
+
+    @property
+    def metrics(self):
+        return []  # Keras collects those of the router itself.
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -155,7 +169,3 @@ class MoeLayerWithBackbone(keras.layers.Layer):
             "backbone_gate": self.backbone_gate,
             **{name: backbone[name] for name in shared},
         }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**deserialize_sublayers(config, "moe"))

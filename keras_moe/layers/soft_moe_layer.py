@@ -86,6 +86,7 @@ class SoftMoeLayer(BaseMoeLayer):
             name="slots", shape=shape, initializer=self.kernel_initializer, **float32
         )
         self.scale = self.add_weight(name="scale", initializer="ones", **float32)
+        self.restore_trainable()
 
     @property
     def experts_per_token(self):
@@ -97,19 +98,21 @@ class SoftMoeLayer(BaseMoeLayer):
     def compute_routing(self, tokens, mask, training, report=True):
         tokens = _unit_vectors(ops.cast(tokens, "float32"), axis=-1)
         slots = _unit_vectors(ops.convert_to_tensor(self.slots), axis=0)
-        logits = self.scale * ops.einsum("gth,hec->gtec", tokens, slots)
-        groups, t, experts, capacity = ops.shape(logits)
-        combine = ops.softmax(
-            ops.reshape(logits, (groups, t, experts * capacity)), axis=-1
-        )
-        combine = ops.reshape(combine, (groups, t, experts, capacity))
+        hidden, experts, capacity = ops.shape(slots)
+        # Not an einsum, which `tf.vectorized_map` computes wrongly (TensorFlow 2.21).
+        slots = ops.reshape(slots, (hidden, experts * capacity))
+        logits = self.scale * ops.matmul(tokens, slots)
+        combine = ops.softmax(logits, axis=-1)
         if mask is None:
-            return RouterMask(ops.softmax(logits, axis=1), combine)
-        valid = ops.cast(ops.reshape(mask, (groups, t, 1, 1)), "float32")
-        # With -1e9 a masked token has weight 0. With -inf the softmax would be NaN in a
-        # group of masked tokens only.
-        dispatch = ops.softmax(logits - 1e9 * (1.0 - valid), axis=1)
-        return RouterMask(valid * dispatch, valid * combine)
+            dispatch = ops.softmax(logits, axis=1)
+        else:
+            valid = ops.cast(ops.expand_dims(mask, -1), "float32")
+            # With -1e9 a masked token has weight 0. With -inf the softmax would be NaN
+            # in a group of masked tokens only.
+            dispatch = valid * ops.softmax(logits - 1e9 * (1.0 - valid), axis=1)
+            combine = valid * combine
+        shape = (*ops.shape(logits)[:2], experts, capacity)
+        return RouterMask(ops.reshape(dispatch, shape), ops.reshape(combine, shape))
 
     def get_config(self):
         return {

@@ -1,8 +1,12 @@
 """Token-choice routing, balanced by a bias instead of a loss."""
 
+import functools
+
 import keras
 from keras import ops
 
+from keras_moe.kernels import ForwardPasses
+from keras_moe.kernels.state import OwnedVariable, add_to
 from keras_moe.routers.router import Router
 from keras_moe.routing.placement import assign_slots
 from keras_moe.routing.selection import (
@@ -21,9 +25,10 @@ class BiasBalancedMaskedRouter(Router):
 
     Experts are selected by score plus bias. Each training step lowers the bias of the
     experts whose load is above the mean, and raises that of the others, by
-    `bias_update_rate`. The bias affects the selection only: the combine weights are the
-    scores, divided by their sum. With `k = 1` the combine weight is the score itself,
-    since a weight divided by itself has no gradient.
+    `bias_update_rate`; then the mean of the bias is subtracted. The bias affects the
+    selection only: the combine weights are the scores, divided by their sum. With
+    `k = 1` the combine weight is the score itself, since a weight divided by itself has
+    no gradient.
 
     The bias is saved with the layer. It is constant in inference, and while the router
     is frozen.
@@ -33,8 +38,10 @@ class BiasBalancedMaskedRouter(Router):
         num_selected_experts: int, the number `k` of experts per token. Defaults to 1.
         routed_scaling_factor: float above 0, by which the combine weights are
             multiplied. Defaults to 1.
-        bias_update_rate: float, the change of the bias in a training step. Defaults to
-            0.001.
+        bias_update_rate: float, the change of the bias in an update. Defaults to 0.001.
+        bias_update_steps: int, the number of training batches whose loads are added up
+            for an update, as `gradient_accumulation_steps` of an optimizer. Defaults to
+            1.
         num_expert_groups: int that divides `e`, the number of groups of experts.
             Defaults to 1.
         num_selected_groups: int, the number of groups that a token may use, those with
@@ -87,6 +94,7 @@ class BiasBalancedMaskedRouter(Router):
         num_selected_experts=1,
         routed_scaling_factor=1.0,
         bias_update_rate=0.001,
+        bias_update_steps=1,
         num_expert_groups=1,
         num_selected_groups=1,
         hidden_layers=None,
@@ -137,6 +145,16 @@ class BiasBalancedMaskedRouter(Router):
             "routed_scaling_factor", routed_scaling_factor, above=True
         )
         self.bias_update_rate = checks.number("bias_update_rate", bias_update_rate)
+        self.bias_update_steps = checks.whole_number(
+            "bias_update_steps", bias_update_steps
+        )
+        self._passes = ForwardPasses()
+        # The bias of a training step, which is constant in it.
+        self._bias = None
+        self._load_sums = None
+        if self.bias_update_steps > 1:
+            # The loads, and the number of batches.
+            self._load_sums = _LoadSums(self, self.num_experts)
 
     @property
     def experts_per_token(self):
@@ -154,7 +172,8 @@ class BiasBalancedMaskedRouter(Router):
         )
 
     def compute_routing(self, probs, expert_capacity, training=None):
-        scores = nonfinite_to_zero(probs) + ops.convert_to_tensor(self.expert_bias)
+        bias = self.expert_bias if self._bias is None else self._bias
+        scores = nonfinite_to_zero(probs) + ops.convert_to_tensor(bias)
         if self.num_selected_groups < self.num_expert_groups:
             scores = within_best_groups(
                 scores, self.num_expert_groups, self.num_selected_groups
@@ -166,20 +185,42 @@ class BiasBalancedMaskedRouter(Router):
         return assign_slots(selection, normalized(probs), expert_capacity)
 
     def call(self, inputs, *, expert_capacity, mask=None, training=None):
-        routing = super().call(
-            inputs, expert_capacity=expert_capacity, mask=mask, training=training
+        call = functools.partial(
+            super().call,
+            inputs,
+            expert_capacity=expert_capacity,
+            mask=mask,
+            training=training,
         )
-        if training and self.trainable and self.bias_update_rate:
+        if not (training and self.trainable and self.bias_update_rate):
+            return call()
+        bias = ops.stop_gradient(ops.convert_to_tensor(self.expert_bias))
+        is_second, self._bias = self._passes.next(bias)
+        try:
+            routing = call()
+        finally:
+            self._bias = None
+        if not is_second:
             self._update_bias(routing)
         return routing
 
     def _update_bias(self, routing):
-        load = expert_load(routing)
+        load, is_due = expert_load(routing), True
+        if self._load_sums is not None:
+            load, is_due = self._load_sums.add(load, self.bias_update_steps)
         error = ops.mean(load) - load
         # At a perfect balance the error is a rounding error.
         error = ops.where(ops.abs(error) < 1e-3, 0.0, error)
         step = self.bias_update_rate * ops.sign(error)
-        self.expert_bias.assign_add(ops.stop_gradient(step))
+        bias = ops.convert_to_tensor(self.expert_bias)
+        # A constant shift changes no selection, and the mean does not drift.
+        change = step - ops.mean(bias + step)
+        add_to(self.expert_bias, ops.where(is_due, change, 0.0))
+
+    @property
+    def running_state(self):
+        sums = [self._load_sums.variable] if self._load_sums else []
+        return super().running_state + sums
 
     def get_config(self):
         return {
@@ -187,6 +228,37 @@ class BiasBalancedMaskedRouter(Router):
             "num_selected_experts": self.num_selected_experts,
             "routed_scaling_factor": self.routed_scaling_factor,
             "bias_update_rate": self.bias_update_rate,
+            "bias_update_steps": self.bias_update_steps,
             "num_expert_groups": self.num_expert_groups,
             "num_selected_groups": self.num_selected_groups,
         }
+
+
+class _LoadSums:
+    """Loads of several batches. Not a Keras object, so it is not tracked as a weight.
+
+    Args:
+        owner: the router.
+        num_experts: int.
+    """
+
+    def __init__(self, owner, num_experts):
+        # The last element is the number of batches.
+        self.variable = OwnedVariable(owner, "load_sums", (num_experts + 1,))
+
+    def add(self, load, steps):
+        """Adds a batch.
+
+        Args:
+            load: float32 `[e]`.
+            steps: int, the number of batches to add up.
+
+        Returns:
+            A pair: the sums, float32 `[e]`, and bool, whether that many batches have
+            been added. Then the sums begin again at 0.
+        """
+        old = ops.convert_to_tensor(self.variable)
+        new = old + ops.concatenate([load, ops.ones((1,), dtype="float32")])
+        is_due = new[-1] >= steps
+        add_to(self.variable, ops.where(is_due, 0.0, new) - old)
+        return new[:-1], is_due

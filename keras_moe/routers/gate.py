@@ -4,12 +4,13 @@ import keras
 from keras import ops
 
 from keras_moe.utils import checks, initializers
+from keras_moe.utils.composite import CompositeLayer
 
 MECHANISMS = ("softmax", "sigmoid", "gumbel")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class Gate(keras.layers.Layer):
+class Gate(CompositeLayer):
     """Computes router probabilities, always in float32.
 
     `softmax(x · kernel + bias)` over the experts, or another `mechanism`.
@@ -124,6 +125,7 @@ class Gate(keras.layers.Layer):
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=bias_shape, initializer=bias)
+        self.restore_trainable()
 
     def call(self, inputs, training=None, return_logits=False):
         logits = self._logits(self._jittered(inputs) if training else inputs)

@@ -3,13 +3,15 @@
 import keras
 from keras import ops
 
+from keras_moe.kernels.state import LossOutlet
 from keras_moe.losses import router_z_loss
 from keras_moe.metrics import LayerMetrics
 from keras_moe.routers.gate import Gate
 from keras_moe.routers.routing_log import RoutingLog
 from keras_moe.routing.statistics import routing_statistics
-from keras_moe.routing.values import check_routing
+from keras_moe.routing.values import RouterMask, check_routing
 from keras_moe.utils import checks
+from keras_moe.utils.composite import CompositeLayer
 
 # The arguments that a router passes on to its gate.
 GATE_ARGUMENTS = (
@@ -31,7 +33,7 @@ HINTS = {
 }
 
 
-class Router(LayerMetrics, keras.layers.Layer):
+class Router(LayerMetrics, CompositeLayer):
     """Decides which experts process each token. Abstract.
 
     A subclass implements `compute_routing`. The gate, the losses and the metrics are
@@ -148,13 +150,15 @@ class Router(LayerMetrics, keras.layers.Layer):
         for argument in GATE_ARGUMENTS:
             setattr(self, argument, getattr(self.router_weights, argument))
         if self.export_metrics is not False:
-            self.log = RoutingLog(self.name, self.num_experts)
+            self.log = RoutingLog(self, self.num_experts)
+        self._losses_outlet = LossOutlet(self)
         self.input_spec = keras.InputSpec(ndim=3)
         self.supports_masking = True
 
     def build(self, input_shape):
         if not self.router_weights.built:
             self.router_weights.build(input_shape)
+        self.restore_trainable()
 
     def compute_routing(self, probs, expert_capacity, training=None):
         """Turns probabilities into a routing. Subclasses must override it.
@@ -184,7 +188,24 @@ class Router(LayerMetrics, keras.layers.Layer):
     def call(self, inputs, *, expert_capacity, mask=None, training=None):
         routing, logits = self._route(inputs, expert_capacity, mask, training)
         self.report(routing, logits, mask)
-        return routing
+        return self.with_attached_losses(routing)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call  # It keeps little, and losses and state stay in reach.
+
+    def add_loss(self, loss):
+        """Adds a scalar loss, also from within loops and rematerialized functions."""
+        self._losses_outlet.add(loss, super().add_loss)
+
+    def with_attached_losses(self, routing):
+        """Returns a routing that carries the gradients of losses of an inner program.
+
+        Args:
+            routing: `Slots`, `Rows` or a `RouterMask`.
+        """
+        name = "combine_array" if isinstance(routing, RouterMask) else "weight"
+        weight = self._losses_outlet.attach_to(getattr(routing, name))
+        return routing._replace(**{name: weight})
 
     def route(self, inputs, *, expert_capacity, mask=None, training=False):
         """Returns the routing without adding losses or metrics.
@@ -248,7 +269,10 @@ class Router(LayerMetrics, keras.layers.Layer):
                 "unscaled_router_z_loss": z_loss,
                 "load_balancing_loss": balance_loss,
                 **statistics,
-            }
+            },
+            # A batch without a valid token, such as that of a replica for which none is
+            # left, does not count.
+            weight=ops.cast(valid > 0, "float32"),
         )
         left_behind = statistics["fraction_tokens_left_behind"]
         self.log.update(routing, valid=valid, left_behind=left_behind, z_loss=z_loss)

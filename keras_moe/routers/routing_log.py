@@ -3,7 +3,7 @@
 import numpy as np
 from keras import ops
 
-from keras_moe.metrics import running_sums
+from keras_moe.kernels.state import OwnedVariable
 from keras_moe.routing.statistics import expert_load, max_loads
 
 
@@ -13,12 +13,12 @@ class RoutingLog:
     This is not a Keras object, so Keras does not track the variable as a weight.
 
     Args:
-        owner: string, the router's name, which begins the variable's name.
+        owner: the router.
         num_experts: int.
     """
 
     def __init__(self, owner, num_experts):
-        self.sums = running_sums((num_experts + 5,), f"{owner}_routing_log")
+        self.sums = OwnedVariable(owner, "routing_log", (num_experts + 5,))
 
     def update(self, routing, *, valid, left_behind, z_loss):
         """Adds a batch.
@@ -32,7 +32,7 @@ class RoutingLog:
         max_load, groups = max_loads(routing)
         figures = [valid, valid * left_behind, valid * z_loss, max_load, groups]
         sums = ops.concatenate([ops.stack(figures), expert_load(routing)])
-        self.sums.assign_add(ops.stop_gradient(sums))
+        self.sums.add(sums)
 
     def read(self):
         """Returns a dict of the sums since the last `clear`, as numpy values."""

@@ -31,5 +31,15 @@ def _deserialize(config):
 
 
 def base_dtype_policy(policy):
-    """Returns the float policy that `quantize` started from, or `policy` itself."""
+    """Returns the float policy that `quantize` started from, or `policy` itself.
+
+    Args:
+        policy: dtype policy; of a `DTypePolicyMap`, each policy is replaced.
+    """
+    policy = keras.dtype_policies.get(policy)
+    if isinstance(policy, keras.dtype_policies.DTypePolicyMap):
+        policies = {path: base_dtype_policy(x) for path, x in policy.items()}
+        return keras.dtype_policies.DTypePolicyMap(
+            base_dtype_policy(policy.default_policy), policies
+        )
     return keras.dtype_policies.get(policy.name.rpartition("_from_")[2])

@@ -134,6 +134,23 @@ def test_adapters_of_quantized_experts(factor, x, rng, tmp_path):
     assert distance(loaded.predict_on_batch(x), expected) < 0.05
 
 
+def test_a_compiled_model_with_adapters_and_a_frozen_router_is_loaded(x, tmp_path):
+    model = make_model(None)
+    moe = model.get_layer("moe")
+    moe.router.trainable = False
+    for dense in moe.experts.dense_layers:
+        dense.enable_lora(2)
+    model.compile("adam", "mse")
+    model.train_on_batch(x, x)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert not any("router" in w.path for w in loaded.trainable_weights)
+    np.testing.assert_allclose(
+        loaded.predict_on_batch(x), model.predict_on_batch(x), atol=1e-5
+    )
+    loaded.train_on_batch(x, x)
+
+
 def test_a_dense_feed_forward_is_quantized_and_loaded(x, tmp_path):
     model = functional(keras_moe.FeedForward(F), (T, H))
     expected = model.predict_on_batch(x)

@@ -90,7 +90,7 @@ def test_results_equal_those_with_a_large_capacity(name, examples, rng):
             float(reference.balance_loss(slots)), abs=1e-6
         )
     found, expected = (
-        {m.name.split("/")[-1]: float(m.result()) for m in layer.metrics}
+        {m.name.split("/")[-1]: float(m.result()) for m in layer.router.metrics}
         for layer in (dropless, reference)
     )
     assert found.pop("expert_usage") == 1

@@ -46,7 +46,7 @@ def make_moe(k=1, factor=1.0, router=None, dtype=None, **kwargs):
 
 
 def metric_values(layer):
-    return {m.name.split("/")[-1]: float(m.result()) for m in layer.metrics}
+    return {m.name.split("/")[-1]: float(m.result()) for m in layer.router.metrics}
 
 
 def oracle_weights(layer):
@@ -157,7 +157,7 @@ def test_masks(rng):
         assert not outputs[~mask].any()
         metrics = metric_values(layer)
         other = np.where(mask[..., None], x, np.nan)
-        for m in layer.metrics:
+        for m in layer.router.metrics:
             m.reset_state()
         np.testing.assert_array_equal(numpy_call(layer, other, mask=mask), outputs)
         assert metric_values(layer) == metrics
@@ -221,7 +221,7 @@ def test_route_adds_no_losses_or_metrics(rng):
     x = inputs(rng, 3, 8)
     layer = make_moe(2, factor=1.0)
     routing = layer.route(x)
-    assert layer.losses == [] and layer.metrics == []
+    assert layer.losses == [] and layer.router.metrics == []
     _, from_call = layer(x, return_routing=True)
     for a, b in zip(routing, from_call, strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(a), ops.convert_to_numpy(b))
@@ -527,7 +527,7 @@ def test_a_dense_routing_gives_the_same_outputs(rng):
     )
     dense(x), ours(x)
     dense.set_weights(ours.get_weights())
-    for m in (*ours.metrics, *dense.metrics):
+    for m in (*ours.router.metrics, *dense.router.metrics):
         m.reset_state()
     np.testing.assert_allclose(numpy_call(dense, x), numpy_call(ours, x), atol=1e-5)
     expected = {**metric_values(ours), "load_balancing_loss": 0.0}
@@ -749,3 +749,20 @@ def test_a_router_that_returns_another_type_is_refused():
 
     with pytest.raises(TypeError, match="routing with probabilities"):
         make_moe(router=Dense(E))(np.zeros((2, 4, H), "float32"))
+
+
+def test_integer_inputs_are_cast():
+    x = np.arange(2 * 5 * H).reshape(2, 5, H) % 7
+    layer = make_moe(2)
+    expected = numpy_call(layer, x.astype("float32"))
+    np.testing.assert_array_equal(numpy_call(layer, x), expected)
+
+
+def test_a_batch_without_valid_tokens_counts_in_no_metric(rng):
+    """As that of a replica for which the last batch has no examples."""
+    layer = make_moe(2, factor=2.0)
+    numpy_call(layer, inputs(rng, 2, 8))
+    expected = metric_values(layer)
+    numpy_call(layer, inputs(rng, 2, 8), mask=np.zeros((2, 8), bool))
+    numpy_call(layer, np.zeros((0, 8, H), "float32"))
+    assert metric_values(layer) == expected

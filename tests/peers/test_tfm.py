@@ -47,10 +47,10 @@ def test_outputs_losses_metrics_and_gradients(factor, examples, training):
         assert_close(gradient, d_weights_b[path])
     for metric in theirs.metrics:
         metric.reset_state()
-    for metric in ours.metrics:
+    for metric in ours.router.metrics:
         metric.reset_state()
     ours(x, training=training), theirs(x, training=training)
-    metrics = {m.name.split("/")[-1]: float(m.result()) for m in ours.metrics}
+    metrics = {m.name.split("/")[-1]: float(m.result()) for m in ours.router.metrics}
     expected = {m.name: float(m.result()) for m in theirs.metrics}
     assert len(expected) == 6
     assert metrics == pytest.approx(expected, abs=1e-5)

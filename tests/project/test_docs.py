@@ -1,10 +1,12 @@
 """The examples in the documentation run, and its links are valid."""
 
+import ast
 import re
 
 import pytest
 from snippets import ROOT, run_examples
 
+TABLE_OF_TESTS = ROOT / "docs" / "where-layers-work.md"
 FILES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 WITHOUT_EXAMPLES = {
     "CHANGELOG.md",
@@ -16,6 +18,7 @@ WITHOUT_EXAMPLES = {
     "reference.md",
     "references.md",
     "tables.md",
+    "where-layers-work.md",
 }
 PAPER = re.compile(r"https://(?:arxiv\.org/abs|doi\.org)/[\w./-]*\w")
 FENCED = re.compile(r"^```.*?^```\n", re.MULTILINE | re.DOTALL)
@@ -48,6 +51,18 @@ def test_cited_papers_are_in_the_references():
     code = [*(ROOT / "keras_moe").rglob("*.py"), *(ROOT / "examples").glob("*.py")]
     cited = {p for file in [*code, *FILES] if file != references for p in papers(file)}
     assert cited == set(papers(references))
+
+
+def test_each_row_of_where_layers_work_has_a_test():
+    text = TABLE_OF_TESTS.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([^|]*\w.*?) \|", text, re.MULTILINE)
+    program = ast.parse((ROOT / "tests" / "test_where_layers_work.py").read_text())
+    tests = [
+        ast.get_docstring(node)
+        for node in program.body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    ]
+    assert rows == list(dict.fromkeys(tests))
 
 
 def papers(file):
