@@ -14,9 +14,10 @@ from keras_moe.utils.layouts import lay_out_expert_weight
 class ExpertDense(keras.layers.EinsumDense):
     """A dense layer per expert: `[g, e, c, h]` to `[g, e, c, units]`.
 
-    A `keras.layers.EinsumDense`, with its `kernel`, LoRA and quantization. For one
-    group, the usual case, it computes a batched matrix product without a transpose.
-    With `group_sizes` it takes rows sorted by expert: `[a, h]` to `[a, units]`.
+    A `keras.layers.EinsumDense`, with its `kernel` and quantization, and an adapter
+    (LoRA) per expert. For one group, the usual case, it computes a batched matrix
+    product without a transpose. With `group_sizes` it takes rows sorted by expert:
+    `[a, h]` to `[a, units]`.
 
     Args:
         num_experts: int, the number of experts `e`.
@@ -48,7 +49,30 @@ class ExpertDense(keras.layers.EinsumDense):
         )
         self.num_experts, self.units = num_experts, units
 
+    def enable_lora(
+        self, rank, lora_alpha=None, a_initializer="he_uniform", b_initializer="zeros"
+    ):
+        """Adds an adapter to each expert, and freezes the kernels.
+
+        Args:
+            rank: int, the rank `r` of the adapters: `A` is `[e, h, r]`, and `B` is
+                `[e, r, units]`.
+            lora_alpha: float; an adapter adds `lora_alpha / rank · x · A · B`. Defaults
+                to `rank`.
+            a_initializer: initializer of each `A`.
+            b_initializer: initializer of each `B`.
+
+        Reference:
+            [Hu et al., 2021](https://arxiv.org/abs/2106.09685), equation 3.
+        """
+        a, b = (keras.initializers.get(x) for x in (a_initializer, b_initializer))
+        super().enable_lora(
+            rank, lora_alpha, initializers.Stacked(a), initializers.Stacked(b)
+        )
+
     def add_weight(self, shape=None, *args, name=None, **kwargs):
+        if name == "lora_kernel_b":  # Keras has one for all experts.
+            shape = (self.num_experts, *shape)
         if shape and shape[0] == self.num_experts:
             lay_out_expert_weight(f"{self.path}/{name}", shape)
         return super().add_weight(shape, *args, name=name, **kwargs)
@@ -61,11 +85,28 @@ class ExpertDense(keras.layers.EinsumDense):
         if group_sizes is not None:
             return self._call_on_rows(inputs, group_sizes)
         if inputs.shape[0] != 1:
-            return super().call(inputs, training=training)
-        outputs = ops.matmul(ops.squeeze(inputs, axis=0), self.kernel)
-        if self.bias is not None:
-            outputs = outputs + self.bias
+            multiply = functools.partial(ops.einsum, self.equation)
+            return self._compute(inputs, multiply)
+        outputs = self._compute(ops.squeeze(inputs, axis=0), ops.matmul)
         return ops.expand_dims(outputs, axis=0)
+
+    def _compute(self, x, multiply):
+        """Returns `x · kernel + bias`, where `multiply` knows the layout of `x`."""
+        outputs = multiply(x, self._stored_kernel if self.lora_enabled else self.kernel)
+        outputs = self._with_adapters(outputs, x, multiply)
+        return outputs if self.bias is None else outputs + self.bias
+
+    def _with_adapters(self, outputs, x, multiply):
+        """Adds what the adapters compute for `x`."""
+        if not self.lora_enabled:
+            return outputs
+        change = multiply(multiply(x, self.lora_kernel_a), self.lora_kernel_b)
+        return outputs + (self.lora_alpha / self.lora_rank) * change
+
+    @property
+    def _stored_kernel(self):
+        """The kernel without adapters, which the property `kernel` adds."""
+        return next(w for w in self.weights if w.name == "kernel")
 
     def quantized_call(self, inputs, group_sizes=None, training=None):
         if group_sizes is not None:
@@ -78,40 +119,47 @@ class ExpertDense(keras.layers.EinsumDense):
 
     def per_expert_functions(self):
         """Returns a function from `[n, h]` to `[n, units]` for each expert."""
-        kernels = ops.unstack(ops.convert_to_tensor(self.kernel))
-        if self.bias is None:
-            return [functools.partial(ops.matmul, x2=kernel) for kernel in kernels]
-        biases = ops.unstack(ops.convert_to_tensor(self.bias))
+        kernel = self._stored_kernel if self.lora_enabled else self.kernel
+        weights = {"kernel": kernel, "bias": self.bias}
+        if self.lora_enabled:
+            scale = self.lora_alpha / self.lora_rank
+            weights |= {"a": self.lora_kernel_a, "b": scale * self.lora_kernel_b}
+        weights = {
+            name: ops.unstack(ops.convert_to_tensor(weight))
+            for name, weight in weights.items()
+            if weight is not None
+        }
         return [
-            functools.partial(_dense, kernel=kernel, bias=bias)
-            for kernel, bias in zip(kernels, biases, strict=True)
+            functools.partial(_dense, **dict(zip(weights, values, strict=True)))
+            for values in zip(*weights.values(), strict=True)
         ]
 
     def _call_on_rows(self, rows, group_sizes):
+        def multiply(x, kernel, bias=None):
+            return grouped_dense(x, ops.convert_to_tensor(kernel), bias, group_sizes)
+
         bias = None if self.bias is None else ops.convert_to_tensor(self.bias)
-        return grouped_dense(rows, self._float_kernel(), bias, group_sizes)
+        outputs = multiply(rows, self._float_kernel(), bias)
+        return self._with_adapters(outputs, rows, multiply)
 
     def _float_kernel(self):
-        """Returns the kernel `[e, h, units]`, dequantized if needed."""
+        """Returns the kernel without adapters, dequantized if needed."""
         if self.quantization_mode is None:
-            return ops.convert_to_tensor(self.kernel)
+            return self._stored_kernel if self.lora_enabled else self.kernel
         if self.quantization_mode != "int8":
             raise ValueError(
                 "Without a capacity, experts support int8 quantization only. "
                 f"Received: {self.quantization_mode}."
             )
-        # With LoRA, the property `kernel` adds float values to unscaled int8 values.
-        kernel = next(w for w in self.weights if w.name == "kernel")
+        kernel = self._stored_kernel
         experts, _, units = kernel.shape
         kernel = ops.cast(ops.convert_to_tensor(kernel), self.compute_dtype)
         scale = ops.reshape(self.kernel_scale, (experts, 1, units))
-        kernel = kernel / ops.cast(scale, self.compute_dtype)
-        if self.lora_enabled:
-            change = ops.matmul(self.lora_kernel_a, self.lora_kernel_b)
-            change = self.lora_alpha / self.lora_rank * change
-            kernel = kernel + ops.cast(change, self.compute_dtype)
-        return kernel
+        return kernel / ops.cast(scale, self.compute_dtype)
 
 
-def _dense(x, kernel, bias):
-    return ops.matmul(x, kernel) + bias
+def _dense(x, kernel, bias=None, a=None, b=None):
+    outputs = ops.matmul(x, kernel)
+    if a is not None:
+        outputs = outputs + ops.matmul(ops.matmul(x, a), b)
+    return outputs if bias is None else outputs + bias

@@ -79,6 +79,38 @@ class BaseFeedForward(CompositeLayer):
         self.output_layer.build((*input_shape[:-1], self.d_ff))
         self.restore_trainable()
 
+    def enable_lora(self, rank, lora_alpha=None):
+        """Adds adapters to the dense layers, and freezes their kernels.
+
+        `FeedForwardExperts` have adapters for each expert. Saving a model merges them
+        into the kernels.
+
+        Args:
+            rank: int, the rank `r` of the adapters: `A` is `[h, r]`, and `B` `[r, f]`.
+            lora_alpha: float; an adapter adds `lora_alpha / rank · x · A · B`. Defaults
+                to `rank`.
+
+        Raises:
+            ValueError: if the layer is not built, or has adapters.
+
+        Example:
+
+        ```python
+        experts = keras_moe.FeedForwardExperts(8, 64)
+        layer = keras_moe.MoeLayer(experts, keras_moe.MaskedRouter(8))
+        layer(np.ones((2, 16, 32)))
+        experts.enable_lora(4)
+        layer.router.trainable = False
+        ```
+
+        Reference:
+            [Hu et al., 2021](https://arxiv.org/abs/2106.09685), equation 3.
+        """
+        if not self.built:
+            raise ValueError(f"Build the layer {self.name!r} before `enable_lora`.")
+        for layer in self.dense_layers:
+            layer.enable_lora(rank, lora_alpha=lora_alpha)
+
     @property
     def dense_layers(self):
         """The dense layers of a built layer: intermediate, output, gate if gated.
