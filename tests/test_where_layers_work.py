@@ -107,10 +107,9 @@ def new(make, wrap=lambda layer: layer, shape=(T, H)):
     return model
 
 
-def train(model, steps=2, x=X, y=Y, rate=0.3, **compile_arguments):
+def train(model, steps=2, x=X, y=Y, rate=0.3, jit_compile=JIT):
     loss = keras.losses.MeanSquaredError()
-    compile_arguments.setdefault("jit_compile", JIT)
-    model.compile(keras.optimizers.SGD(rate), loss, **compile_arguments)
+    model.compile(keras.optimizers.SGD(rate), loss, jit_compile=jit_compile)
     for _ in range(steps):
         logs = model.train_on_batch(x, y, return_dict=True)
     return logs
@@ -140,11 +139,15 @@ def assert_still_works(model, make):
     np.testing.assert_allclose(
         model.predict(X, verbose=0), expected.predict(X, verbose=0), atol=1e-5
     )
-    logs, plain = train(model), train(expected)
+    assert_trains_alike(model, expected)
+
+
+def assert_trains_alike(model, expected, jit=JIT, expected_jit=JIT):
+    """Both models have the same weights and logs after training."""
+    logs = train(model, jit_compile=jit)
+    plain = train(expected, jit_compile=expected_jit)
     assert_same_weights(model, expected)
-    assert logs.keys() == plain.keys()
-    for name, value in logs.items():
-        assert value == pytest.approx(plain[name], abs=1e-5), name
+    assert logs == pytest.approx(plain, abs=1e-5)
 
 
 # Calls
@@ -461,11 +464,7 @@ def test_remat_scope(make, names):
     with keras.RematScope(**scope):
         model = functional(make("layer"), (T, H))
     expected = new(lambda name: make("layer"))
-    logs, plain = train(model), train(expected)
-    assert_same_weights(model, expected)
-    assert logs.keys() == plain.keys()
-    for name, value in logs.items():
-        assert value == pytest.approx(plain[name], abs=1e-5), name
+    assert_trains_alike(model, expected)
 
 
 # Training
@@ -494,10 +493,7 @@ def test_gradient_accumulation(make):
 def test_jit_compile(make):
     """`jit_compile=True`"""
     model, expected = new(make), new(make)
-    logs, plain = train(model, jit_compile=True), train(expected, jit_compile=False)
-    assert_same_weights(model, expected)
-    for name, value in logs.items():
-        assert value == pytest.approx(plain[name], abs=1e-5), name
+    assert_trains_alike(model, expected, jit=True, expected_jit=False)
 
 
 @on["torch"]
