@@ -28,6 +28,9 @@ class ExpertDense(keras.layers.EinsumDense):
         **kwargs: forwarded to `keras.layers.EinsumDense`.
     """
 
+    # Whether rows are sorted by expert in inference, which int8 alone supports.
+    takes_rows = False
+
     def __init__(
         self,
         num_experts,
@@ -114,8 +117,23 @@ class ExpertDense(keras.layers.EinsumDense):
         return super().quantized_call(inputs, training=training)
 
     def quantize(self, mode=None, type_check=True, config=None):
+        self._check_quantization(mode or getattr(config, "mode", None))
         # The type check rejects subclasses of `EinsumDense`.
         super().quantize(mode, type_check=False, config=config)
+
+    def _check_quantization(self, mode):
+        """Raises an error for a mode that cannot work, before anything is changed."""
+        if mode in ("gptq", "awq"):
+            raise ValueError(
+                f"Experts cannot be quantized with {mode!r}, which is for kernels of "
+                "two axes and of attention. Use 'int8' or 'int4'. "
+                f"{self.path!r} has not been changed."
+            )
+        if self.takes_rows and mode in ("int4", "float8"):
+            raise ValueError(
+                "Without a capacity in inference, experts support int8 quantization "
+                f"only. Received: {mode!r}. {self.path!r} has not been changed."
+            )
 
     def per_expert_functions(self):
         """Returns a function from `[n, h]` to `[n, units]` for each expert."""

@@ -11,6 +11,8 @@ from layer_check import functional
 import keras_moe
 
 E, F, H, T = 4, 32, 16, 24
+GPTQ = keras.quantizers.GPTQConfig(dataset=["text"], tokenizer=str.split)
+AWQ = keras.quantizers.AWQConfig(dataset=["text"], tokenizer=str.split)
 
 
 def make_model(factor, **experts):
@@ -97,9 +99,30 @@ def test_int8_rows_match_the_dequantized_kernel(x):
     np.testing.assert_allclose(ops.convert_to_numpy(found), expected, atol=1e-4)
 
 
-def test_int4_needs_a_capacity(x):
-    model = make_model(None)
+@pytest.mark.parametrize(
+    ("mode", "factor", "config", "message"),
+    [
+        ("int4", None, None, "int8 quantization only.*'int4'.*'moe/experts/"),
+        ("float8", None, None, "int8 quantization only.*'float8'.*'moe/experts/"),
+        ("gptq", 2.0, GPTQ, "cannot be quantized with 'gptq'.*'moe/experts/"),
+        ("awq", 2.0, AWQ, "cannot be quantized with 'awq'.*'moe/experts/"),
+    ],
+)
+def test_refused_modes_change_nothing(mode, factor, config, message, x):
+    model = make_model(factor)
+    before = model.predict_on_batch(x)
+    for dense in model.get_layer("moe").experts.dense_layers:
+        with pytest.raises(ValueError, match=message):
+            dense.quantize(mode, config=config)
+    np.testing.assert_array_equal(model.predict_on_batch(x), before)
+
+
+def test_int4_needs_a_capacity_in_training_too(x):
+    model = make_model(2.0)
     quantize(model, "int4")
+    model.predict_on_batch(x)
+    model.get_layer("moe").eval_capacity_factor = None
+    model.make_predict_function(force=True)
     with pytest.raises(ValueError, match=r"int8 quantization only.*int4"):
         model.predict_on_batch(x)
 
