@@ -95,7 +95,7 @@ class ExpertDense(keras.layers.EinsumDense):
 
     def _compute(self, x, multiply):
         """Returns `x · kernel + bias`, where `multiply` knows the layout of `x`."""
-        outputs = multiply(x, self._stored_kernel if self.lora_enabled else self.kernel)
+        outputs = multiply(x, self._stored_kernel)
         outputs = self._with_adapters(outputs, x, multiply)
         return outputs if self.bias is None else outputs + self.bias
 
@@ -109,6 +109,8 @@ class ExpertDense(keras.layers.EinsumDense):
     @property
     def _stored_kernel(self):
         """The kernel without adapters, which the property `kernel` adds."""
+        if not self.lora_enabled:
+            return self.kernel
         return next(w for w in self.weights if w.name == "kernel")
 
     def quantized_call(self, inputs, group_sizes=None, training=None):
@@ -137,7 +139,7 @@ class ExpertDense(keras.layers.EinsumDense):
 
     def per_expert_functions(self):
         """Returns a function from `[n, h]` to `[n, units]` for each expert."""
-        kernel = self._stored_kernel if self.lora_enabled else self.kernel
+        kernel = self._stored_kernel
         weights = {"kernel": kernel, "bias": self.bias}
         if self.lora_enabled:
             scale = self.lora_alpha / self.lora_rank
@@ -163,7 +165,7 @@ class ExpertDense(keras.layers.EinsumDense):
     def _float_kernel(self):
         """Returns the kernel without adapters, dequantized if needed."""
         if self.quantization_mode is None:
-            return self._stored_kernel if self.lora_enabled else self.kernel
+            return self._stored_kernel
         if self.quantization_mode != "int8":
             raise ValueError(
                 "Without a capacity, experts support int8 quantization only. "
