@@ -14,6 +14,7 @@ from keras import ops
 from layer_check import functional, random_inputs
 
 import keras_moe
+from keras_moe.layers.base_layer import BaseMoeLayer
 from keras_moe.utils.traversal import find_layers
 
 BACKEND = keras.backend.backend()
@@ -455,7 +456,7 @@ def test_remat(make):
     # Some layers; or all, with which no layer that has an argument `training` works on
     # JAX, and no functional model on TensorFlow.
     "names",
-    [["moe", "layer"]] + [None] * (BACKEND == "torch"),
+    [["layer"]] + [None] * (BACKEND == "torch"),
 )
 def test_remat_scope(make, names):
     """`keras.RematScope`"""
@@ -465,6 +466,8 @@ def test_remat_scope(make, names):
         model = functional(make("layer"), (T, H))
     expected = new(lambda name: make("layer"))
     assert_trains_alike(model, expected)
+    layers = find_layers(model, BaseMoeLayer)
+    assert layers and all(layer.rematerializes for layer in layers)
 
 
 # Training

@@ -12,6 +12,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     ForwardPasses,
     argsort,
     as_size,
+    current_scope,
     split_rows,
 )
 
@@ -227,8 +228,7 @@ def can_assign(old, new):
 
 
 def loss_is_reachable(loss):
-    with keras.StatelessScope(initialize_variables=False) as probe:
-        scope = probe.original_scope
+    scope = current_scope()
     if scope is None:
         return True
     # The programs of the values that the step passes in: its own, and its gradient's.

@@ -5,6 +5,7 @@ An index of -1 means no row.
 
 import itertools
 
+import keras
 from keras import ops
 
 
@@ -115,6 +116,12 @@ def split_rows(rows, group_sizes):
     """
     ends = [0, *(int(end) for end in ops.cumsum(group_sizes)), None]
     return [rows[start:end] for start, end in itertools.pairwise(ends)]
+
+
+def current_scope():
+    """Returns the `keras.StatelessScope` of the running step, or `None`."""
+    with keras.StatelessScope(initialize_variables=False) as probe:
+        return probe.original_scope
 
 
 def can_assign(old, new):

@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from keras_moe.kernels import ForwardPasses, can_assign, loss_is_reachable
+from keras_moe.kernels.plain import current_scope
 
 
 class OwnedVariable(keras.Variable):
@@ -132,12 +133,6 @@ class LossOutlet:
         for loss in self._added[scope]:
             if id(loss) not in present:
                 add_loss(loss)
-
-
-def current_scope():
-    """Returns the `keras.StatelessScope` of the running step, or `None`."""
-    with keras.StatelessScope(initialize_variables=False) as probe:
-        return probe.original_scope
 
 
 def attach_gradient(x, loss):

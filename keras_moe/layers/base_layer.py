@@ -134,7 +134,7 @@ class BaseMoeLayer(CompositeLayer):
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # The experts are rematerialized alone: losses and state stay in reach.
         call = super().rematerialized_call(layer_call, *args, **kwargs)
-        self.rematerializes = call is not layer_call
+        self.rematerializes |= call is not layer_call
         return layer_call
 
     def route(self, inputs, mask=None, training=False):
