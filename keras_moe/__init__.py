@@ -29,6 +29,7 @@ from keras_moe.layers import (
     SoftMoeLayer,
 )
 from keras_moe.metrics import LayerMetrics
+from keras_moe.quantization import quantize_experts
 from keras_moe.routers import (
     BiasBalancedMaskedRouter,
     ExpertsChooseMaskedRouter,
@@ -73,6 +74,7 @@ __all__ = [
     "distribution",
     "losses",
     "presets",
+    "quantize_experts",
     "replace_layers",
     "route",
     "routing",

@@ -67,8 +67,8 @@ def upcycle(feed_forward, router, *, noise=0.0, seed=None, **kwargs):
     for dense, source in zip(
         experts.dense_layers, feed_forward.dense_layers, strict=True
     ):
-        for weight, value in zip(dense.weights, source.weights, strict=True):
-            copies = np.broadcast_to(ops.convert_to_numpy(value), weight.shape)
+        for weight, value in zip(dense.weights, _merged(source), strict=True):
+            copies = np.broadcast_to(value, weight.shape)
             is_kernel = weight.name == "kernel"
             weight.assign(_noisy(copies, noise, rng) if is_kernel else copies)
     return layer
@@ -262,7 +262,6 @@ def select_experts(layer, indices, *, noise=0.0, seed=None):
 
     def copy(weights, sources, axis):
         for weight, source in zip(weights, sources, strict=True):
-            source = ops.convert_to_numpy(source)
             if "/hidden_" in weight.path:  # A hidden layer of the gate has no experts.
                 weight.assign(source)
                 continue
@@ -273,8 +272,12 @@ def select_experts(layer, indices, *, noise=0.0, seed=None):
                 values = np.where(noisy, _noisy(values, noise, rng), values)
             weight.assign(values)
 
-    copy(selected.experts.weights, layer.experts.weights, axis=0)
-    copy(selected.router.weights, layer.router.weights, axis=-1)
+    for dense, source in zip(
+        selected.experts.dense_layers, layer.experts.dense_layers, strict=True
+    ):
+        copy(dense.weights, _merged(source), axis=0)
+    gates = [ops.convert_to_numpy(weight) for weight in layer.router.weights]
+    copy(selected.router.weights, gates, axis=-1)
     return selected
 
 
@@ -330,7 +333,7 @@ def _as_feed_forward(layers):
     )
     result.build((None, inner.kernel.shape[0]))
     for dense, source in zip(result.dense_layers, layers, strict=True):
-        dense.set_weights(source.get_weights())
+        dense.set_weights(_merged(source))
     return result
 
 
@@ -369,6 +372,12 @@ def _dense_pair(model, first, second):
     return inner, output
 
 
+def _merged(dense):
+    """Returns the weights of a dense layer as numpy, with adapters in the kernel."""
+    names = [weight.name for weight in dense.weights if "lora" not in weight.name]
+    return [ops.convert_to_numpy(getattr(dense, name)) for name in names]
+
+
 def _noisy(kernel, noise, rng):
     return kernel + noise * kernel.std() * rng.normal(size=kernel.shape)
 
@@ -377,9 +386,8 @@ def _check_can_be_copied(layer):
     if not layer.built:
         raise ValueError(f"{layer.name} must be built: it has no weights to copy yet.")
     for dense in getattr(layer, "dense_layers", [layer]):
-        if dense.quantization_mode is not None or dense.lora_enabled:
+        if dense.quantization_mode is not None:
             raise ValueError(
-                f"{layer.name} must be neither quantized nor have adapters to be "
-                f"copied. Received: {dense.dtype_policy.name}, "
-                f"lora_enabled={dense.lora_enabled}."
+                f"{layer.name} must not be quantized to be copied. "
+                f"Received: {dense.dtype_policy.name}."
             )

@@ -42,3 +42,16 @@ def test_every_layer(name):
 
 def test_quantized_experts():
     load("int8")
+
+
+@pytest.mark.parametrize("name", ["int4", "int4_per_channel"])
+def test_4_bit_experts_that_shared_scales(name):
+    """They are quantized again, each alone: outputs differ by an error of 4 bits."""
+    expected = np.load(DATA / "expected.npz")
+    with pytest.warns(UserWarning, match="share scales in this file"):
+        model = keras.models.load_model(DATA / f"{name}.keras")
+    found = model.predict(expected["x"], verbose=0)
+    error = np.abs(found - expected[name]).mean() / np.abs(expected[name]).mean()
+    assert 0 < error < 0.15
+    for weight in model.get_layer("moe").experts.weights:
+        assert weight.shape[0] == 3

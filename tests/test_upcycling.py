@@ -282,10 +282,10 @@ def test_unsupported_arguments():
         upcycle(keras.layers.Dense(3), router())
     with pytest.raises(ValueError, match="ff must be built"):
         upcycle(FeedForward(F, name="ff"), router())
-    adapted = trained_feed_forward()
-    adapted.output_layer.enable_lora(2)
-    with pytest.raises(ValueError, match="nor have adapters"):
-        upcycle(adapted, router())
+    quantized = trained_feed_forward()
+    quantized.quantize("int8")
+    with pytest.raises(ValueError, match="must not be quantized to be copied"):
+        upcycle(quantized, router())
     with pytest.raises(TypeError, match="`layer` must be a `MoeLayer`"):
         select_experts(keras.layers.Dense(3), [0])
     with pytest.raises(TypeError, match="two `Dense` layers"):

@@ -2,8 +2,10 @@
 
 from keras_moe.convert.formats import FORMATS
 from keras_moe.convert.sources import open_source
+from keras_moe.experts.adaptation import AdaptableDense
 from keras_moe.layers import HierarchicalMoeLayer, MoeLayer, MoeLayerWithBackbone
 from keras_moe.utils import checks
+from keras_moe.utils.traversal import find_layers
 
 
 def load_weights(layer, source, format, *, prefix=""):
@@ -57,6 +59,8 @@ def load_weights(layer, source, format, *, prefix=""):
 def to_tensors(layer, format, *, prefix="", stacked=False):
     """Returns the weights of a layer in the format of another package.
 
+    Adapters (LoRA) are merged into the kernels.
+
     Args:
         layer: as for `load_weights`.
         format: string, a key of `keras_moe.convert.FORMATS`.
@@ -81,7 +85,7 @@ def to_tensors(layer, format, *, prefix="", stacked=False):
     tensors["experts.0.w1.weight"].shape  # (32, 16)
     ```
     """
-    weights = _weights(layer)
+    weights = _weights(layer, merged=True)
     layouts = _layouts(format, weights)
     layout = layouts[-1 if checks.boolean("stacked", stacked) else 0]
     return {
@@ -91,8 +95,11 @@ def to_tensors(layer, format, *, prefix="", stacked=False):
     }
 
 
-def _weights(layer):
-    """Returns the weights of a layer by path, independent of its sublayers' names."""
+def _weights(layer, merged=False):
+    """Returns the weights of a layer by path, independent of its sublayers' names.
+
+    If `merged`, the kernels are those with adapters, which are left out.
+    """
     if not isinstance(layer, (MoeLayer, MoeLayerWithBackbone, HierarchicalMoeLayer)):
         raise TypeError(
             "`layer` must be a `MoeLayer`, `MoeLayerWithBackbone` or "
@@ -110,11 +117,23 @@ def _weights(layer):
     else:
         parts["router"] = moe.router
     parts["experts"] = moe.experts
-    return {
+    found = {
         f"{name}/{weight.path.removeprefix(part.path + '/')}": weight
         for name, part in parts.items()
         for weight in part.weights
     }
+    return _merge_adapters(found, parts) if merged else found
+
+
+def _merge_adapters(weights, parts):
+    kernels = {
+        f"{name}/{dense.path.removeprefix(part.path + '/')}/kernel": dense.kernel
+        for name, part in parts.items()
+        for dense in find_layers(part, AdaptableDense)
+        if dense.lora_enabled
+    }
+    kept = {path: w for path, w in weights.items() if "/lora_kernel_" not in path}
+    return kept | kernels
 
 
 def _layouts(format, weights):

@@ -5,17 +5,21 @@ import functools
 import keras
 from keras import ops
 
+from keras_moe.experts.adaptation import AdaptableLayer
+from keras_moe.experts.dense import Dense
 from keras_moe.utils import checks, initializers
-from keras_moe.utils.composite import CompositeLayer
 from keras_moe.utils.serialization import base_dtype_policy
 
 
-class BaseFeedForward(CompositeLayer):
+class BaseFeedForward(AdaptableLayer):
     """Two dense layers with an activation between them, or three if gated. Abstract.
 
     A subclass creates its dense layers in `_make_dense`. The arguments are those of
     `FeedForward`.
     """
+
+    # Of the config: how each dense layer is quantized, by its name.
+    _quantization = {}
 
     def __init__(
         self,
@@ -73,43 +77,27 @@ class BaseFeedForward(CompositeLayer):
     def build(self, input_shape):
         hidden = input_shape[-1]
         self.output_layer = self._make_dense(hidden, name="output")
-        self.intermediate_layer.build(input_shape)
+        self._build_dense(self.intermediate_layer, input_shape)
         if self.gated:
-            self.gate_layer.build(input_shape)
-        self.output_layer.build((*input_shape[:-1], self.d_ff))
+            self._build_dense(self.gate_layer, input_shape)
+        self._build_dense(self.output_layer, (*input_shape[:-1], self.d_ff))
         self.restore_trainable()
 
-    def enable_lora(self, rank, lora_alpha=None):
-        """Adds adapters to the dense layers, and freezes their kernels.
-
-        `FeedForwardExperts` have adapters for each expert. Saving a model merges them
-        into the kernels.
-
-        Args:
-            rank: int, the rank `r` of the adapters: `A` is `[h, r]`, and `B` `[r, f]`.
-            lora_alpha: float; an adapter adds `lora_alpha / rank · x · A · B`. Defaults
-                to `rank`.
-
-        Raises:
-            ValueError: if the layer is not built, or has adapters.
-
-        Example:
-
-        ```python
-        experts = keras_moe.FeedForwardExperts(8, 64)
-        layer = keras_moe.MoeLayer(experts, keras_moe.MaskedRouter(8))
-        layer(np.ones((2, 16, 32)))
-        experts.enable_lora(4)
-        layer.router.trainable = False
-        ```
-
-        Reference:
-            [Hu et al., 2021](https://arxiv.org/abs/2106.09685), equation 3.
-        """
-        if not self.built:
-            raise ValueError(f"Build the layer {self.name!r} before `enable_lora`.")
-        for layer in self.dense_layers:
-            layer.enable_lora(rank, lora_alpha=lora_alpha)
+    def _build_dense(self, dense, input_shape):
+        if isinstance(dense.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+            # Of a quantized layer with a map, Keras saves no scales.
+            dense.dtype_policy = dense.dtype_policy[f"{self.path}/{dense.name}"]
+        settings = self._quantization.get(dense.name)
+        if settings is None:
+            dense.build(input_shape)
+            return
+        dense.dtype_policy = keras.dtype_policies.deserialize(settings["dtype"])
+        dense.quantization_config = keras.saving.deserialize_keras_object(
+            settings["config"]
+        )
+        dense.build(input_shape)
+        if settings["lora_rank"]:
+            dense.enable_lora(settings["lora_rank"], settings["lora_alpha"])
 
     @property
     def dense_layers(self):
@@ -123,10 +111,6 @@ class BaseFeedForward(CompositeLayer):
 
     def call(self, inputs, training=None):
         return self._feed_forward(inputs, training, *self.dense_layers)
-
-    def quantized_call(self, *args, **kwargs):
-        # The dense layers are quantized, not this layer.
-        return self.call(*args, **kwargs)
 
     def _feed_forward(self, inputs, training, intermediate, output, gate=None):
         drop = functools.partial(self.inner_dropout_layer, training=training)
@@ -150,9 +134,10 @@ class BaseFeedForward(CompositeLayer):
         return input_shape
 
     def get_config(self):
+        quantization = self._serialized_quantization()
         return {
             **super().get_config(),
-            "dtype": self._serialized_dense_policy(),
+            **({"quantization": quantization} if quantization else {}),
             "d_ff": self.d_ff,
             "inner_dropout": self.inner_dropout,
             "output_dropout": self.output_dropout,
@@ -164,16 +149,32 @@ class BaseFeedForward(CompositeLayer):
             "remat": self.remat,
         }
 
-    def _serialized_dense_policy(self):
-        """The dtype policy of the dense layers, which `quantize` changes."""
-        layers = self.dense_layers if self.built else [self.intermediate_layer]
-        policies = {layer.dtype_policy.name for layer in layers}
-        if len(policies) > 1:
-            raise ValueError(
-                "The dense layers of experts must be quantized alike to be saved. "
-                f"Received: {sorted(policies)} in {self.path}."
-            )
-        return keras.dtype_policies.serialize(layers[0].dtype_policy)
+    def _serialized_quantization(self):
+        """Returns how each quantized dense layer is quantized, by its name.
+
+        The adapters of a quantized layer are kept: merged, they would be rounded.
+        """
+        layers = self.dense_layers if self.built else []
+        return {
+            dense.name: {
+                "dtype": keras.dtype_policies.serialize(dense.dtype_policy),
+                "config": keras.saving.serialize_keras_object(
+                    dense.quantization_config
+                ),
+                "lora_rank": dense.lora_rank,
+                "lora_alpha": dense.lora_alpha,
+            }
+            for dense in layers
+            if dense.quantization_mode is not None
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        quantization = config.pop("quantization", {})
+        layer = super().from_config(config)
+        layer._quantization = quantization
+        return layer
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -249,4 +250,4 @@ class FeedForward(BaseFeedForward):
         )
 
     def _make_dense(self, units, name):
-        return keras.layers.Dense(units, **self._dense_arguments(name))
+        return Dense(units, **self._dense_arguments(name))

@@ -3,13 +3,13 @@
 import keras
 from keras import ops
 
+from keras_moe.experts.adaptation import AdaptableLayer
 from keras_moe.utils import checks
-from keras_moe.utils.composite import CompositeLayer
 from keras_moe.utils.layouts import refuse_layout
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class HeterogeneousExperts(CompositeLayer):
+class HeterogeneousExperts(AdaptableLayer):
     """Experts of different architectures, each called on its own slots.
 
     They need a capacity.

@@ -28,8 +28,10 @@ _known = BACKEND if BACKEND in ("tensorflow", "jax", "torch") else "plain"
 _kernels = importlib.import_module(f"{__name__}.{_known}")
 
 ForwardPasses = _kernels.ForwardPasses
+FrozenMatrices = _kernels.FrozenMatrices
 argsort = _kernels.argsort
 as_size = _kernels.as_size
+batched_dense = _kernels.batched_dense
 can_assign = _kernels.can_assign
 gather_rows = _kernels.gather_rows
 grouped_dense = _kernels.grouped_dense

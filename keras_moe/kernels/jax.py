@@ -1,5 +1,6 @@
 """The kernels for JAX."""
 
+import functools
 import math
 
 import jax
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from keras_moe.kernels.plain import (  # noqa: F401
     ForwardPasses,
+    FrozenMatrices,
     argsort,
     as_size,
     current_scope,
@@ -68,16 +70,33 @@ def num_row_shards(groups, num_experts):
     return mesh.shape[batch], math.prod(mesh.shape[axis] for axis in others)
 
 
-def grouped_dense(rows, kernel, bias, group_sizes):
-    if len(group_sizes) == len(kernel):
-        return _grouped_dense(rows, kernel, bias, group_sizes)
-    # Rows are split over devices, each of which multiplies those of its own experts.
-    mesh, batch, others = _mesh_axes(len(kernel))
+def batched_dense(x, kernel):
+    if keras.distribution.distribution() is not None:
+        # A loop over experts that are split over devices would gather them.
+        return x @ lax.stop_gradient(kernel.make(*kernel.arrays))
 
-    def on_each_device(rows, kernel, bias, group_sizes):
-        first = lax.axis_index(others) * len(kernel) if others else 0
-        own = lax.dynamic_slice_in_dim(group_sizes, first, len(kernel))
-        return _grouped_dense(rows, kernel, bias, own)
+    @jax.checkpoint
+    def multiply(arguments):
+        x, *arrays = arguments
+        return x @ kernel.make(*arrays)
+
+    return lax.map(multiply, (x, *kernel.arrays))
+
+
+def grouped_dense(rows, kernel, bias, group_sizes):
+    make, arrays, num_experts = None, (kernel,), kernel.shape[0]
+    if isinstance(kernel, FrozenMatrices):
+        make, arrays = kernel.make, kernel.arrays
+    if len(group_sizes) == num_experts:
+        return _grouped_dense(make, rows, arrays, bias, group_sizes)
+    # Rows are split over devices, each of which multiplies those of its own experts.
+    mesh, batch, others = _mesh_axes(num_experts)
+
+    def on_each_device(rows, arrays, bias, group_sizes):
+        own = len(arrays[0])
+        first = lax.axis_index(others) * own if others else 0
+        sizes = lax.dynamic_slice_in_dim(group_sizes, first, own)
+        return _grouped_dense(make, rows, arrays, bias, sizes)
 
     of_rows, of_experts = PartitionSpec((batch, *others)), PartitionSpec(others)
     return jax.shard_map(
@@ -86,7 +105,7 @@ def grouped_dense(rows, kernel, bias, group_sizes):
         in_specs=(of_rows, of_experts, of_experts, of_rows),
         out_specs=of_rows,
         check_vma=False,
-    )(rows, kernel, bias, group_sizes)
+    )(rows, arrays, bias, group_sizes)
 
 
 def _mesh_axes(num_experts):
@@ -99,15 +118,16 @@ def _mesh_axes(num_experts):
     return mesh, batch, tuple(others)
 
 
-def _grouped_dense(rows, kernel, bias, group_sizes):
-    if jax.default_backend() != "cpu":
-        return by_ragged_dot(rows, kernel, bias, group_sizes)
+def _grouped_dense(make, rows, arrays, bias, group_sizes):
+    """`grouped_dense` by the matrices `make(*arrays)`, or `arrays[0]` without `make`."""
+    if jax.default_backend() != "cpu" and make is None:
+        return by_ragged_dot(rows, *arrays, bias, group_sizes)
     num_rows = rows.shape[0]
     if isinstance(num_rows, int) and num_rows:
-        return _by_blocks(rows, kernel, bias, group_sizes)
+        return _by_blocks(make, rows, arrays, bias, group_sizes)
     # For an unknown number of rows, or none: one block more.
     rows = jnp.concatenate([rows, jnp.zeros((BLOCK, rows.shape[1]), rows.dtype)])
-    return _by_blocks(rows, kernel, bias, group_sizes)[:num_rows]
+    return _by_blocks(make, rows, arrays, bias, group_sizes)[:num_rows]
 
 
 def by_ragged_dot(rows, kernel, bias, group_sizes):
@@ -121,60 +141,69 @@ def by_ragged_dot(rows, kernel, bias, group_sizes):
     return jnp.where(jnp.expand_dims(index < ends[-1], -1), result, 0)
 
 
-@jax.custom_vjp
-def _by_blocks(rows, kernel, bias, group_sizes):
-    return _multiply(rows, kernel, bias, group_sizes)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_blocks(make, rows, arrays, bias, group_sizes):
+    return _multiply(make, rows, arrays, bias, group_sizes)
 
 
-def _forward(*arguments):
-    return _by_blocks(*arguments), arguments
+def _forward(make, *arguments):
+    return _by_blocks(make, *arguments), arguments
 
 
-def _backward(arguments, upstream):
-    rows, kernel, bias, group_sizes = arguments
-    d_rows = _multiply(upstream, kernel, None, group_sizes, transposed=True)
-    return d_rows, *_weight_gradients(rows, upstream, bias, group_sizes), None
+def _backward(make, arguments, upstream):
+    rows, arrays, bias, group_sizes = arguments
+    d_rows = _multiply(make, upstream, arrays, None, group_sizes, transposed=True)
+    d_kernel, d_bias = _weight_gradients(
+        rows, upstream, group_sizes, of_kernel=make is None, of_bias=bias is not None
+    )
+    return d_rows, None if make else (d_kernel,), d_bias, None
 
 
 _by_blocks.defvjp(_forward, _backward)
 
 
-def _multiply(rows, kernel, bias, group_sizes, transposed=False):
+def _multiply(make, rows, arrays, bias, group_sizes, transposed=False):
     """`[a, f]`: each group's rows times its matrix."""
 
+    def matrix(group):
+        of_group = [lax.dynamic_index_in_dim(x, group, keepdims=False) for x in arrays]
+        found = make(*of_group) if make else of_group[0]
+        return found.T if transposed else found
+
     def update(result, group, own, block, start):
-        matrix = lax.dynamic_index_in_dim(kernel, group, keepdims=False)
-        y = block(rows) @ (matrix.T if transposed else matrix)
+        y = block(rows) @ matrix(group)
         if bias is not None:
             y = y + lax.dynamic_index_in_dim(bias, group, keepdims=False)
         y = jnp.where(own, y, block(result))
         return lax.dynamic_update_slice_in_dim(result, y, start, axis=0)
 
-    width = kernel.shape[1 if transposed else 2]
+    width = jax.eval_shape(matrix, 0).shape[1]
     result = jnp.zeros((rows.shape[0], width), rows.dtype)
     return _over_blocks(update, result, group_sizes, rows.shape[0])
 
 
-def _weight_gradients(rows, upstream, bias, group_sizes):
-    """`[e, h, f]` and `[e, 1, f]`, or `None` without a bias."""
+def _weight_gradients(rows, upstream, group_sizes, of_kernel, of_bias):
+    """`[e, h, f]` and `[e, 1, f]`, or `None` for each that is not asked for."""
     # Sums of many blocks need more than half precision.
     wide = {"dtype": jnp.promote_types(rows.dtype, "float32")}
 
     def update(result, group, own, block, start):
         kernel, bias = result
         y = jnp.where(own, block(upstream), 0)
-        # A row of the next group may be NaN, and 0 · NaN is NaN.
-        x = jnp.where(own, block(rows), 0)
-        product = jnp.matmul(x.T, y, preferred_element_type=wide["dtype"])
-        kernel = kernel.at[group].add(product)
+        if kernel is not None:
+            # A row of the next group may be NaN, and 0 · NaN is NaN.
+            x = jnp.where(own, block(rows), 0)
+            product = jnp.matmul(x.T, y, preferred_element_type=wide["dtype"])
+            kernel = kernel.at[group].add(product)
         if bias is not None:
             bias = bias.at[group].add(jnp.sum(y, axis=0, keepdims=True, **wide))
         return kernel, bias
 
-    shape = (group_sizes.shape[0], rows.shape[1], upstream.shape[1])
-    zeros = jnp.zeros(shape, **wide), None
-    if bias is not None:
-        zeros = zeros[0], jnp.zeros(bias.shape, **wide)
+    (experts,), width = group_sizes.shape, upstream.shape[1]
+    kernel = jnp.zeros((experts, rows.shape[1], width), **wide) if of_kernel else None
+    zeros = kernel, jnp.zeros((experts, 1, width), **wide) if of_bias else None
+    if not (of_kernel or of_bias):
+        return zeros
     sums = _over_blocks(update, zeros, group_sizes, rows.shape[0])
     return jax.tree.map(lambda x: x.astype(rows.dtype), sums)
 

@@ -3,7 +3,9 @@
 An index of -1 means no row.
 """
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 
 import keras
 from keras import ops
@@ -77,12 +79,56 @@ def num_row_shards(groups, num_experts):
     return 1, 1
 
 
+@dataclasses.dataclass(frozen=True)
+class FrozenMatrices:
+    """A stack of matrices, each of which is made when it is needed, and not kept.
+
+    They are constants: they have no gradient, and are made again for that of the other
+    factor.
+
+    Attributes:
+        make: function of the arrays of one matrix, or of a stack, that returns
+            `[..., h, f]`.
+        arrays: tuple of tensors `[e, ...]`.
+        shape: `(e, h, f)`.
+    """
+
+    make: Callable
+    arrays: tuple
+    shape: tuple
+
+    def __getitem__(self, i):
+        return self.make(*(array[i] for array in self.arrays))
+
+    def transpose(self):
+        """Returns the same matrices, transposed."""
+        experts, rows, columns = self.shape
+        return FrozenMatrices(
+            lambda *arrays: ops.swapaxes(self.make(*arrays), -1, -2),
+            self.arrays,
+            (experts, columns, rows),
+        )
+
+
+def batched_dense(x, kernel):
+    """Multiplies each group of rows by its matrix, one group after the other.
+
+    Args:
+        x: `[e, n, h]`.
+        kernel: `FrozenMatrices` of shape `(e, h, f)`.
+
+    Returns:
+        `[e, n, f]`.
+    """
+    return ops.stack([ops.matmul(x[i], kernel[i]) for i in range(kernel.shape[0])])
+
+
 def grouped_dense(rows, kernel, bias, group_sizes):
     """Applies a dense layer to each group of rows.
 
     Args:
         rows: `[a, h]`, sorted by group.
-        kernel: `[e, h, f]`.
+        kernel: `[e, h, f]`, or `FrozenMatrices` of this shape.
         bias: `[e, 1, f]`, or `None`.
         group_sizes: int32 `[e]`, the number of rows of each group, at most `a` in
             sum.

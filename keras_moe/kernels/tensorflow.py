@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from keras_moe.kernels.plain import (  # noqa: F401
+    FrozenMatrices,
     argsort,
     as_size,
     can_assign,
@@ -57,7 +58,25 @@ def split_rows(rows, group_sizes):
     return tf.split(rows, sizes, num=group_sizes.shape[0] + 1)
 
 
+def batched_dense(x, kernel):
+    def multiply(x, kernel):
+        return tf.map_fn(
+            lambda arguments: tf.matmul(arguments[0], kernel.make(*arguments[1:])),
+            (x, *kernel.arrays),
+            fn_output_signature=x.dtype,
+            parallel_iterations=1,
+        )
+
+    @tf.custom_gradient
+    def dense(x):
+        return multiply(x, kernel), lambda dy: multiply(dy, kernel.transpose())
+
+    return dense(x)
+
+
 def grouped_dense(rows, kernel, bias, group_sizes):
+    if isinstance(kernel, FrozenMatrices):
+        return _by_frozen_matrices(rows, kernel, bias, group_sizes)
     *groups, remaining = split_rows(rows, group_sizes)
     pairs = zip(groups, tf.unstack(kernel), strict=True)
     results = [tf.matmul(x, w) for x, w in pairs]
@@ -66,6 +85,44 @@ def grouped_dense(rows, kernel, bias, group_sizes):
         results = [y + b for y, b in pairs]
     zeros = tf.zeros([tf.shape(remaining)[0], kernel.shape[-1]], rows.dtype)
     return tf.concat([*results, zeros], axis=0)
+
+
+def _by_frozen_matrices(rows, kernel, bias, group_sizes):
+    @tf.custom_gradient
+    def dense(rows):
+        def gradient(upstream):
+            return _one_by_one(upstream, kernel.transpose(), group_sizes)
+
+        return _one_by_one(rows, kernel, group_sizes), gradient
+
+    result = dense(rows)
+    if bias is None:
+        return result
+    *groups, remaining = split_rows(result, group_sizes)
+    pairs = zip(groups, tf.unstack(bias), strict=True)
+    return tf.concat([*(y + b for y, b in pairs), remaining], axis=0)
+
+
+def _one_by_one(rows, kernel, group_sizes):
+    """`grouped_dense` without a bias, in a loop over the groups that have rows."""
+    ends = tf.cumsum(group_sizes)
+    groups = tf.cast(tf.where(group_sizes > 0)[:, 0], "int32")
+    number, width = tf.size(groups), kernel.shape[2]
+
+    def body(i, results):
+        group = groups[i]
+        x = rows[ends[group] - group_sizes[group] : ends[group]]
+        return i + 1, results.write(i, tf.matmul(x, kernel[group]))
+
+    results = tf.TensorArray(
+        rows.dtype, number + 1, infer_shape=False, element_shape=[None, width]
+    )
+    _, results = tf.while_loop(
+        lambda i, _: i < number, body, (0, results), parallel_iterations=1
+    )
+    remaining = tf.shape(rows)[0] - ends[-1]
+    zeros = tf.zeros(tf.stack([remaining, width]), rows.dtype)
+    return tf.reshape(results.write(number, zeros).concat(), [-1, width])
 
 
 def loss_is_reachable(loss):

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_moe.kernels import plain
 from keras_moe.kernels.plain import (  # noqa: F401
+    FrozenMatrices,
     flat_index,
     loss_is_reachable,
     num_row_shards,
@@ -54,11 +55,22 @@ def split_rows(rows, group_sizes):
     return rows.split([*sizes, rows.shape[0] - sum(sizes)])
 
 
+def batched_dense(x, kernel):
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return x @ kernel.make(*kernel.arrays)
+    experts, n, hidden = x.shape
+    groups = [(i, slice(i * n, (i + 1) * n)) for i in range(experts)]
+    result = _FrozenDense.apply(x.reshape(-1, hidden), kernel, None, groups)
+    return result.reshape(experts, n, -1)
+
+
 def grouped_dense(rows, kernel, bias, group_sizes):
     if rows.device.type == "meta":
         return rows.new_empty((rows.shape[0], kernel.shape[2]))
     if torch.compiler.is_compiling():
         return _by_groups(rows, kernel, bias, group_sizes)
+    if isinstance(kernel, FrozenMatrices):
+        return _FrozenDense.apply(rows, kernel, bias, _slices(group_sizes))
     if HAS_GROUPED_MM and rows.device.type == "cuda" and _suits_grouped_mm(kernel):
         return by_grouped_mm(rows, kernel, bias, group_sizes)
     return _GroupedDense.apply(rows, kernel, bias, _slices(group_sizes))
@@ -67,7 +79,7 @@ def grouped_dense(rows, kernel, bias, group_sizes):
 def _by_groups(rows, kernel, bias, group_sizes):
     """`grouped_dense` for compilers, which know the sizes as symbols only."""
     *groups, remaining = split_rows(rows, group_sizes)
-    results = [x @ w for x, w in zip(groups, kernel, strict=True)]
+    results = [x @ kernel[i] for i, x in enumerate(groups)]
     if bias is not None:
         results = [y + b for y, b in zip(results, bias, strict=True)]
     zeros = remaining.new_zeros((remaining.shape[0], kernel.shape[2]))
@@ -98,17 +110,9 @@ class _GroupedDense(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, kernel, bias, groups):
-        result = rows.new_empty((rows.shape[0], kernel.shape[2]))
-        for i, group in groups:
-            x, y = rows[group], result[group]
-            if bias is None:
-                torch.mm(x, kernel[i], out=y)
-            else:
-                torch.addmm(bias[i], x, kernel[i], out=y)
-        result[groups[-1][1].stop if groups else 0 :] = 0
         ctx.save_for_backward(rows, kernel)
         ctx.groups, ctx.with_bias = groups, bias is not None
-        return result
+        return _multiply(rows, kernel, bias, groups)
 
     @staticmethod
     def backward(ctx, upstream):
@@ -119,9 +123,44 @@ class _GroupedDense(torch.autograd.Function):
         num_groups = kernel.shape[0]
         d_kernel = _GroupedOuter.apply(rows, upstream, groups, num_groups)
         if ctx.with_bias:
-            ones = upstream.new_ones((rows.shape[0], 1))
-            d_bias = _GroupedOuter.apply(ones, upstream, groups, num_groups)
+            d_bias = _bias_gradient(upstream, groups, num_groups)
         return d_rows, d_kernel, d_bias, None
+
+
+class _FrozenDense(torch.autograd.Function):
+    """`_GroupedDense` by `FrozenMatrices`."""
+
+    @staticmethod
+    def forward(ctx, rows, kernel, bias, groups):
+        ctx.kernel, ctx.groups, ctx.with_bias = kernel, groups, bias is not None
+        return _multiply(rows, kernel, bias, groups)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        kernel, groups = ctx.kernel, ctx.groups
+        upstream, d_rows, d_bias = upstream.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            d_rows = _FrozenDense.apply(upstream, kernel.transpose(), None, groups)
+        if ctx.with_bias:
+            d_bias = _bias_gradient(upstream, groups, kernel.shape[0])
+        return d_rows, None, d_bias, None
+
+
+def _multiply(rows, kernel, bias, groups):
+    result = rows.new_empty((rows.shape[0], kernel.shape[2]))
+    for i, group in groups:
+        x, y = rows[group], result[group]
+        if bias is None:
+            torch.mm(x, kernel[i], out=y)
+        else:
+            torch.addmm(bias[i], x, kernel[i], out=y)
+    result[groups[-1][1].stop if groups else 0 :] = 0
+    return result
+
+
+def _bias_gradient(upstream, groups, num_groups):
+    ones = upstream.new_ones((upstream.shape[0], 1))
+    return _GroupedOuter.apply(ones, upstream, groups, num_groups)
 
 
 class _GroupedOuter(torch.autograd.Function):

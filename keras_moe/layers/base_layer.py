@@ -5,12 +5,12 @@ import functools
 import keras
 from keras import ops
 
+from keras_moe.experts.adaptation import AdaptableLayer
 from keras_moe.routing.dispatch import combine, dispatch
 from keras_moe.routing.grouping import group, ungroup
 from keras_moe.routing.sharding import shard_by_expert, shard_by_group
 from keras_moe.routing.values import group_size_arguments
 from keras_moe.utils import checks
-from keras_moe.utils.composite import CompositeLayer
 from keras_moe.utils.traversal import child_layers
 
 # Arguments of the router and the experts, also under the names of other packages.
@@ -33,7 +33,7 @@ HINTS = {
 }
 
 
-class BaseMoeLayer(CompositeLayer):
+class BaseMoeLayer(AdaptableLayer):
     """Dispatches tokens to experts and combines their outputs. Abstract.
 
     A subclass implements `compute_routing` and `count_slots`.
@@ -67,6 +67,9 @@ class BaseMoeLayer(CompositeLayer):
         self.num_experts = checks.whole_number("num_experts", experts.num_experts)
         self.examples_per_group = checks.examples_per_group(examples_per_group)
         self.supports_masking = True
+
+    def _adaptable_parts(self):
+        return [self.experts]
 
     def compute_routing(self, tokens, mask, training, report=True):
         """Computes the routing of tokens. Subclasses must override it.

@@ -112,7 +112,7 @@ class MoeLayer(CapacityMoeLayer):
         if not self.router.built:
             self.router.build((None, None, input_shape[-1]))
         for dense in getattr(self.experts, "dense_layers", []):
-            dense.takes_rows = self.eval_capacity_factor is None
+            dense.takes_rows = self.is_dropless
         self.restore_trainable()
 
     def compute_routing(self, tokens, mask, training, report=True):

@@ -4,14 +4,14 @@ import keras
 from keras import ops
 
 from keras_moe.experts import FeedForward
+from keras_moe.experts.adaptation import AdaptableLayer
 from keras_moe.layers.moe_layer import MoeLayer
 from keras_moe.routers import Gate
 from keras_moe.utils import checks
-from keras_moe.utils.composite import CompositeLayer
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class MoeLayerWithBackbone(CompositeLayer):
+class MoeLayerWithBackbone(AdaptableLayer):
     """A `MoeLayer` plus a feed-forward layer for every token (a shared expert).
 
     `backbone(x) + moe(x)`. With `backbone_gate=True`, and a kernel `w` `[h, 1]`,
@@ -137,9 +137,8 @@ class MoeLayerWithBackbone(CompositeLayer):
             backbone = ops.cast(gate, backbone.dtype) * backbone
         return backbone + self.moe(inputs, mask=mask, training=training)
 
-    def quantized_call(self, *args, **kwargs):
-        # The sublayers are quantized, not this layer.
-        return self.call(*args, **kwargs)
+    def _adaptable_parts(self):
+        return [self.moe.experts, self.backbone]
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         call = super().rematerialized_call(layer_call, *args, **kwargs)
@@ -153,6 +152,14 @@ class MoeLayerWithBackbone(CompositeLayer):
     def compute_output_shape(self, input_shape):
         return input_shape
 
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        quantization = config.pop("quantization", {})
+        layer = super().from_config(config)
+        layer.backbone._quantization = quantization
+        return layer
+
     def get_build_config(self):
         # The owner of this layer builds it, so that its path begins with the owner's.
         return None
@@ -161,9 +168,10 @@ class MoeLayerWithBackbone(CompositeLayer):
         backbone = self.backbone.get_config()
         shared = ("inner_dropout", "output_dropout", "activation", "gated", "use_bias")
         shared += ("kernel_initializer", "bias_initializer")
+        quantization = backbone.get("quantization")
         return {
             **super().get_config(),
-            "dtype": backbone["dtype"],
+            **({"quantization": quantization} if quantization else {}),
             "moe": keras.saving.serialize_keras_object(self.moe),
             "backbone_d_ff": backbone["d_ff"],
             "backbone_gate": self.backbone_gate,

@@ -16,6 +16,7 @@ ROOMS = (
     "distribution",
     "inspection",
     "presets",
+    "quantization",
     "upcycling",
     "visualization",
     "layers",
