@@ -34,7 +34,7 @@ def measure(subjects, kinds=("forward", "step"), rounds=7, seconds=12.0):
     for (name, kind), call in calls.items():
         call()
         start = time.perf_counter()
-        results[name][kind] = {"ms": [], "peak_mb": _peak_megabytes(call)}
+        results[name][kind] = {"ms": [], "peak_mb": peak_megabytes(call)}
         longest = max(longest, time.perf_counter() - start)
     rounds = max(3, min(rounds, int(seconds / longest)))
     for _ in range(rounds):
@@ -49,7 +49,7 @@ def _seconds(call):
     return time.perf_counter() - start
 
 
-def _peak_megabytes(call):
+def peak_megabytes(call):
     """Returns the peak memory that a call adds to the process; `None` without Linux."""
     before = None
     with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:

@@ -180,7 +180,7 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
             return super().kernel
         kernel = ops.convert_to_tensor(self._kernel)
         if self.quantization_mode == "int4":
-            return quantization.unpack(kernel, self.units)
+            return quantization.unpack(kernel, self.original_kernel_shape[1])
         return kernel
 
     @property
@@ -193,7 +193,8 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
         arrays = (ops.convert_to_tensor(w) for w in weights if w is not None)
         make = functools.partial(
             quantization.dequantize,
-            units=self.units if self.quantization_mode == "int4" else None,
+            mode=self.quantization_mode,
+            rows=self.original_kernel_shape[1],
             size=quantization.block_size(self.quantization_config),
             dtype=dtype or self.compute_dtype,
         )
@@ -276,11 +277,12 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
         experts, hidden, units = self.original_kernel_shape = tuple(kernel_shape)
         size = quantization.block_size(config)
         scale_shape = (experts, 1 if size is None else -(-hidden // size), units)
-        columns = -(-units // 2) if mode == "int4" else units
         constant = {"trainable": False, "initializer": "zeros"}
-        self._kernel = self.add_weight(
-            (experts, hidden, columns), name="kernel", dtype="int8", **constant
-        )
+        if mode == "int8":
+            of_kernel = {"shape": kernel_shape, "dtype": "int8"}
+        else:
+            of_kernel = {"shape": (experts, -(-hidden // 2), units), "dtype": "uint8"}
+        self._kernel = self.add_weight(name="kernel", **of_kernel, **constant)
         self.kernel_scale = self.add_weight(
             scale_shape, name="kernel_scale", trainable=False, initializer="ones"
         )

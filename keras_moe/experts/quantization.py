@@ -1,7 +1,7 @@
 """Quantization of the kernel of one expert, and back.
 
 A quantized kernel is one to three arrays, of which an `ExpertDense` stacks those of its
-experts: `kernel`, integers `[h, f]`, 4-bit ones as pairs in bytes `[h, f / 2]`;
+experts: `kernel`, int8 `[h, f]`, or pairs of 4-bit integers in bytes `[h / 2, f]`;
 `kernel_scale` `[1, f]`; and, for int4 in blocks of rows, `kernel_scale` and
 `kernel_zero`, both `[blocks, f]`.
 """
@@ -36,10 +36,11 @@ def quantize(kernel, config):
         )
     else:
         parts = _weight_quantizer(config)(kernel, to_numpy=True)
+    parts = map(ops.convert_to_numpy, parts)
     found = dict(zip(NAMES, parts, strict=False))
     if config.mode == "int4":
-        found["kernel"], _, _ = keras.quantizers.pack_int4(found["kernel"], axis=-1)
-    return {name: ops.convert_to_numpy(x) for name, x in found.items()}
+        found["kernel"] = pack(found["kernel"])
+    return found
 
 
 def check_weight_quantizer(config):
@@ -54,35 +55,54 @@ def check_weight_quantizer(config):
             )
 
 
-def dequantize(kernel, kernel_scale, kernel_zero=None, *, units, size, dtype):
+def dequantize(kernel, kernel_scale, kernel_zero=None, *, mode, rows, size, dtype):
     """Returns the kernel of one expert, or of a stack of them, as floats.
 
     Args:
-        kernel: int8 `[..., h, f]`, or 4-bit integers `[..., h, f / 2]`.
+        kernel: see `quantize`.
         kernel_scale: see `quantize`.
         kernel_zero: see `quantize`.
-        units: int, `f` if the integers have 4 bits, otherwise `None`.
-        size: int, the number of rows of a block.
+        mode: string, `"int8"` or `"int4"`.
+        rows: int, `h`.
+        size: int, the number of rows of a block, or `None`.
         dtype: string.
 
     Returns:
         `[..., h, f]`.
     """
-    if units is not None:
-        kernel = unpack(kernel, units)
-    values, scale = ops.cast(kernel, dtype), ops.cast(kernel_scale, dtype)
+    values = unpack(kernel, rows) if mode == "int4" else kernel
+    scale = ops.cast(kernel_scale, dtype)
     if kernel_zero is None:
-        return values / scale
-    block = np.arange(values.shape[-2]) // size
-    zero = ops.take(ops.cast(kernel_zero, dtype), block, axis=-2)
-    return (values - zero) * ops.take(scale, block, axis=-2)
+        return ops.cast(values, dtype) / scale
+    shape = values.shape
+    if rows % size:
+        block = np.arange(rows) // size
+        scale, zero = (ops.take(x, block, axis=-2) for x in (scale, kernel_zero))
+    else:
+        values = ops.reshape(values, (*shape[:-2], -1, size, shape[-1]))
+        scale, zero = (ops.expand_dims(x, axis=-2) for x in (scale, kernel_zero))
+    # The difference of integers is exact, and small.
+    return ops.reshape(ops.cast(values - zero, dtype) * scale, shape)
 
 
-def unpack(pairs, units):
-    """Unpacks 4-bit integers along the last axis: int8 `[..., f / 2]` to `[..., f]`."""
-    low = ops.bitwise_xor(ops.bitwise_and(pairs, 15), 8) - 8
-    both = ops.stack([low, ops.right_shift(pairs, 4)], axis=-1)
-    return ops.reshape(both, (*pairs.shape[:-1], -1))[..., :units]
+def pack(values):
+    """Packs 4-bit integers in pairs: int8 `[h, f]` to uint8 `[h / 2, f]`.
+
+    The first half of the rows is in the lower bits.
+    """
+    nibbles = (np.asarray(values) + 8).astype("uint8")
+    nibbles = np.pad(nibbles, ((0, len(nibbles) % 2), (0, 0)))
+    low, high = np.split(nibbles, 2)
+    return low | (high << 4)
+
+
+def unpack(pairs, rows):
+    """Reverses `pack`: uint8 `[..., h / 2, f]` to int8 `[..., h, f]`."""
+    *stack, half, columns = pairs.shape
+    shifts = ops.convert_to_tensor(np.array([[[0]], [[4]]], "uint8"))
+    nibbles = ops.right_shift(ops.expand_dims(pairs, axis=-3), shifts)
+    nibbles = ops.cast(ops.bitwise_and(nibbles, 15), "int8") - ops.cast(8, "int8")
+    return ops.reshape(nibbles, (*stack, 2 * half, columns))[..., :rows, :]
 
 
 def separate_scales(store, shape, config):
@@ -101,12 +121,16 @@ def separate_scales(store, shape, config):
         A dict of names to arrays that begin with the expert axis.
     """
     experts, hidden, units = shape
-    arrays = {name: ops.convert_to_tensor(x) for name, x in store.items()}
-    arrays["kernel_scale"] = ops.reshape(arrays["kernel_scale"], (-1, experts * units))
-    whole = dequantize(
-        **arrays, units=experts * units, size=block_size(config), dtype="float32"
+    values = keras.quantizers.unpack_int4(
+        ops.convert_to_tensor(store["kernel"]), experts * units, axis=-1
     )
-    kernels = ops.reshape(whole, (experts, hidden, units))
+    values = ops.convert_to_numpy(values).astype("float32")
+    if "kernel_zero" in store:
+        block = np.arange(hidden) // block_size(config)
+        whole = (values - store["kernel_zero"][block]) * store["kernel_scale"][block]
+    else:
+        whole = values / store["kernel_scale"]
+    kernels = whole.reshape(experts, hidden, units)
     return stack([quantize(kernel, config) for kernel in kernels])
 
 
