@@ -20,7 +20,7 @@ select ?= -m "not thorough"
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
-	@echo "make examples    the other examples: upcycling, digits_vit, multi_gate"
+	@echo "make examples    the other examples: upcycling, fine_tuning, digits_vit, multi_gate"
 	@echo "make test        the tests, on one backend"
 	@echo "make test-all    all tests, on all three backends, and files between them"
 	@echo "make test-matrix the tests on the oldest and on the newest versions, all backends"
@@ -37,6 +37,7 @@ demo: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-plots
 
 examples: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-examples
 	$(bin)/python examples/upcycling.py $(UPCYCLING)
+	$(bin)/python examples/fine_tuning.py $(FINE_TUNING)
 	$(bin)/python examples/digits_vit.py $(EPOCHS)
 	$(bin)/python examples/multi_gate.py $(EPOCHS)
 

@@ -165,9 +165,9 @@ def bits(targets, logits):
     return nats / np.log(2)
 
 
-def compile_model(model):
+def compile_model(model, learning_rate=LEARNING_RATE):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(LEARNING_RATE), loss, metrics=[bits])
+    model.compile(keras.optimizers.Adam(learning_rate), loss, metrics=[bits])
 
 
 def moe_layers(model):
@@ -192,9 +192,9 @@ def expert_loads(model, characters):
 # Training
 
 
-def train(model, text, held_out, steps, seed):
+def train(model, text, held_out, steps, seed, learning_rate=LEARNING_RATE):
     """Trains a model, and returns it with its learning curve and speed."""
-    compile_model(model)
+    compile_model(model, learning_rate)
     times = []
     watch = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: times.append(time.perf_counter())

@@ -9,9 +9,9 @@ def expert_layout_map(device_mesh, axis="expert"):
     """Creates a layout map that splits experts over the devices of a mesh axis.
 
     The weights of `FeedForwardExperts`, whatever their names, are split along their
-    expert axis: kernels, quantized or not, biases and adapters (LoRA). Each is added to
-    the map when it is created. All other variables, also the scales of quantized
-    kernels, are replicated, unless you add entries for them: the result is an ordinary
+    expert axis: kernels, quantized or not, their scales, biases and adapters (LoRA).
+    Each is added to the map when it is created. All other variables are replicated,
+    unless you add entries for them: the result is an ordinary
     `keras.distribution.LayoutMap`.
 
     Args:

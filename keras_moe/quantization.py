@@ -38,10 +38,14 @@ def quantize_experts(model, mode=None, config=None):
         raise ValueError(
             f"There is no Mixture-of-Experts layer in {model.name!r} to quantize."
         )
-    found = [dense for x in layers for dense in x.unquantized_layers(mode, config)]
+    found = {
+        id(dense): dense
+        for layer in layers
+        for dense in layer.unquantized_layers(mode, config)
+    }
     if isinstance(model, keras.Model):
-        # Releases memory, and drops the functions that are compiled.
-        model.quantize(mode, config=config, filters=lambda x: any(x is y for y in found))
-        return
-    for dense in {id(x): x for x in found}.values():
-        dense.quantize(mode, config=config)
+        # It releases memory, and drops the functions that are compiled.
+        model.quantize(mode, config=config, filters=lambda layer: id(layer) in found)
+    else:
+        for dense in found.values():
+            dense.quantize(mode, config=config)

@@ -75,7 +75,8 @@ class AdaptableDense:
             store[name] = getattr(self, name)
 
     def load_own_variables(self, store):
-        found = {name: store[name] for name in store.keys()}
+        names = store.keys()  # Keras's stores have no `__iter__`.
+        found = {name: store[name] for name in names}
         if self._error and not found:
             # Keras follows each attribute that holds the layer. Only the first has its
             # variables, and the last error is shown.
@@ -87,39 +88,37 @@ class AdaptableDense:
             raise
 
     def _load(self, found):
-        adapters = [found.pop(name, None) for name in ADAPTERS]
+        a, b = (found.pop(name, None) for name in ADAPTERS)
         alpha = found.pop(ALPHA, None)
+        if a is not None:
+            self._check_adapters(rank=a.shape[-1])
+            a, b, alpha = (ops.convert_to_numpy(x[()]) for x in (a, b, alpha))
+            b = b * (alpha / a.shape[-1])
         if not self.lora_enabled:
             super().load_own_variables(found)
-            if alpha is not None:
-                self._load_merged(*adapters, alpha)
+            if a is not None:
+                change = ops.convert_to_tensor(np.matmul(a, b))
+                self._kernel.assign_add(ops.cast(change, self._kernel.dtype))
             return
-        a, b = (getattr(self, name) for name in ADAPTERS)
-        first = ops.convert_to_numpy(a)
+        if a is None:  # Adapters that begin as new ones do.
+            a = ops.convert_to_numpy(self.lora_kernel_a)
+            b = np.zeros(self.lora_kernel_b.shape)
         super().load_own_variables(found)  # Sets both to 0, which could not train.
-        a.assign(first)
-        if alpha is not None:
-            self._load_adapters(*adapters, alpha)
-
-    def _load_adapters(self, a, b, alpha):
-        if a.shape[-1] != self.lora_rank:
-            raise ValueError(
-                "A file with adapters must have their rank. Received: "
-                f"{a.shape[-1]} in the file, and {self.lora_rank} in {self.path!r}."
-            )
         self.lora_kernel_a.assign(a)
         # A change of `lora_alpha` would not reach functions that are compiled.
-        self.lora_kernel_b.assign(b[...] * (float(alpha[()]) / self.lora_alpha))
+        self.lora_kernel_b.assign(b * (self.lora_rank / self.lora_alpha))
 
-    def _load_merged(self, a, b, alpha):
-        if self.quantization_mode is not None:
+    def _check_adapters(self, rank):
+        if self.lora_enabled and rank != self.lora_rank:
+            raise ValueError(
+                "A file with adapters must have their rank. Received: "
+                f"{rank} in the file, and {self.lora_rank} in {self.path!r}."
+            )
+        if not self.lora_enabled and self.quantization_mode is not None:
             raise ValueError(
                 "A file with adapters cannot be loaded into a quantized layer without "
-                f"adapters. Call `enable_lora({a.shape[-1]})` before. Received: "
-                f"{self.path!r}."
+                f"adapters. Call `enable_lora({rank})` before. Received: {self.path!r}."
             )
-        change = ops.matmul(a[...], b[...]) * (float(alpha[()]) / a.shape[-1])
-        self._kernel.assign_add(ops.cast(change, self._kernel.dtype))
 
 
 def _merge_adapters(layer, merged):
@@ -144,7 +143,9 @@ class AdaptableLayer(CompositeLayer):
 
     def _adaptable_layers(self):
         kinds = (keras.layers.Dense, keras.layers.EinsumDense)
-        found = [x for part in self._adaptable_parts() for x in find_layers(part, kinds)]
+        found = [
+            x for part in self._adaptable_parts() for x in find_layers(part, kinds)
+        ]
         if not self.built or not found:
             raise ValueError(
                 f"{self.name!r} must be built, and its experts must be made of dense "

@@ -106,9 +106,7 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
             outputs = self._call_on_slots(x, ops.matmul)
             outputs = ops.reshape(outputs, (experts, groups, -1, self.units))
             return ops.swapaxes(outputs, 0, 1)
-        return self._call_on_slots(
-            inputs, functools.partial(ops.einsum, self.equation)
-        )
+        return self._call_on_slots(inputs, functools.partial(ops.einsum, self.equation))
 
     def quantized_call(self, inputs, group_sizes=None, training=None):
         if self._is_integer:
@@ -300,7 +298,11 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
     def _of_this_version(self, found):
         """Returns the variables of a file, also if it is of version 0.1.0."""
         first = 1 if self.bias is None else 2
-        names = {"0": "kernel", str(first): "kernel_scale", str(first + 1): "kernel_zero"}
+        names = {
+            "0": "kernel",
+            str(first): "kernel_scale",
+            str(first + 1): "kernel_zero",
+        }
         stored = {names[key]: x[...] for key, x in found.items() if key in names}
         if self.quantization_mode == "int8" and "kernel_scale" in stored:
             scale = np.reshape(stored["kernel_scale"], self.kernel_scale.shape)

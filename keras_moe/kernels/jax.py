@@ -119,7 +119,7 @@ def _mesh_axes(num_experts):
 
 
 def _grouped_dense(make, rows, arrays, bias, group_sizes):
-    """`grouped_dense` by the matrices `make(*arrays)`, or `arrays[0]` without `make`."""
+    """`grouped_dense` by matrices `make(*arrays)`; without `make`, by `arrays[0]`."""
     if jax.default_backend() != "cpu" and make is None:
         return by_ragged_dot(rows, *arrays, bias, group_sizes)
     num_rows = rows.shape[0]
@@ -153,10 +153,9 @@ def _forward(make, *arguments):
 def _backward(make, arguments, upstream):
     rows, arrays, bias, group_sizes = arguments
     d_rows = _multiply(make, upstream, arrays, None, group_sizes, transposed=True)
-    d_kernel, d_bias = _weight_gradients(
-        rows, upstream, group_sizes, of_kernel=make is None, of_bias=bias is not None
-    )
-    return d_rows, None if make else (d_kernel,), d_bias, None
+    d_arrays = None if make else (_kernel_gradient(rows, upstream, group_sizes),)
+    d_bias = None if bias is None else _bias_gradient(upstream, group_sizes)
+    return d_rows, d_arrays, d_bias, None
 
 
 _by_blocks.defvjp(_forward, _backward)
@@ -182,30 +181,34 @@ def _multiply(make, rows, arrays, bias, group_sizes, transposed=False):
     return _over_blocks(update, result, group_sizes, rows.shape[0])
 
 
-def _weight_gradients(rows, upstream, group_sizes, of_kernel, of_bias):
-    """`[e, h, f]` and `[e, 1, f]`, or `None` for each that is not asked for."""
-    # Sums of many blocks need more than half precision.
-    wide = {"dtype": jnp.promote_types(rows.dtype, "float32")}
+# Each gradient has a loop of its own, so that compilers drop that of a frozen weight.
+# Sums of many blocks need more than half precision.
+def _kernel_gradient(rows, upstream, group_sizes):
+    """`[e, h, f]`: the product of each group's rows and their upstream gradients."""
+    wide = jnp.promote_types(rows.dtype, "float32")
 
-    def update(result, group, own, block, start):
-        kernel, bias = result
+    def update(kernel, group, own, block, start):
+        # A row of the next group may be NaN, and 0 · NaN is NaN.
+        x, y = (jnp.where(own, block(x), 0) for x in (rows, upstream))
+        product = jnp.matmul(x.T, y, preferred_element_type=wide)
+        return kernel.at[group].add(product)
+
+    shape = (group_sizes.shape[0], rows.shape[1], upstream.shape[1])
+    zeros = jnp.zeros(shape, wide)
+    return _over_blocks(update, zeros, group_sizes, rows.shape[0]).astype(rows.dtype)
+
+
+def _bias_gradient(upstream, group_sizes):
+    """`[e, 1, f]`: the sum of each group's upstream gradients."""
+    wide = jnp.promote_types(upstream.dtype, "float32")
+
+    def update(bias, group, own, block, start):
         y = jnp.where(own, block(upstream), 0)
-        if kernel is not None:
-            # A row of the next group may be NaN, and 0 · NaN is NaN.
-            x = jnp.where(own, block(rows), 0)
-            product = jnp.matmul(x.T, y, preferred_element_type=wide["dtype"])
-            kernel = kernel.at[group].add(product)
-        if bias is not None:
-            bias = bias.at[group].add(jnp.sum(y, axis=0, keepdims=True, **wide))
-        return kernel, bias
+        return bias.at[group].add(jnp.sum(y, axis=0, keepdims=True, dtype=wide))
 
-    (experts,), width = group_sizes.shape, upstream.shape[1]
-    kernel = jnp.zeros((experts, rows.shape[1], width), **wide) if of_kernel else None
-    zeros = kernel, jnp.zeros((experts, 1, width), **wide) if of_bias else None
-    if not (of_kernel or of_bias):
-        return zeros
-    sums = _over_blocks(update, zeros, group_sizes, rows.shape[0])
-    return jax.tree.map(lambda x: x.astype(rows.dtype), sums)
+    zeros = jnp.zeros((group_sizes.shape[0], 1, upstream.shape[1]), wide)
+    sums = _over_blocks(update, zeros, group_sizes, upstream.shape[0])
+    return sums.astype(upstream.dtype)
 
 
 def _over_blocks(update, result, group_sizes, num_rows):

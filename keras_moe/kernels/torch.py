@@ -117,11 +117,12 @@ class _GroupedDense(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         (rows, kernel), groups = ctx.saved_tensors, ctx.groups
-        upstream, d_rows, d_bias = upstream.contiguous(), None, None
+        upstream, d_rows, d_kernel, d_bias = upstream.contiguous(), None, None, None
+        num_groups = kernel.shape[0]
         if ctx.needs_input_grad[0]:
             d_rows = _GroupedDense.apply(upstream, kernel.mT, None, groups)
-        num_groups = kernel.shape[0]
-        d_kernel = _GroupedOuter.apply(rows, upstream, groups, num_groups)
+        if ctx.needs_input_grad[1]:
+            d_kernel = _GroupedOuter.apply(rows, upstream, groups, num_groups)
         if ctx.with_bias:
             d_bias = _bias_gradient(upstream, groups, num_groups)
         return d_rows, d_kernel, d_bias, None

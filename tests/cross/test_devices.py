@@ -52,3 +52,50 @@ def test_communication_matches_the_formula(measured):
         assert moved <= 1.02 * expected + 4 * router_bytes, row
         largest = max(row["bytes"], key=row["bytes"].get)
         assert largest == max(row["formula"], key=row["formula"].get)
+
+
+ADAPTED = """
+import keras
+import numpy as np
+import keras_moe
+
+x = np.random.default_rng(0).normal(size=(8, 16, 8)).astype("float32")
+
+def outputs(mode, factor):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((16, 8))
+    layer = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(8, 12, kernel_initializer="he_normal"),
+        keras_moe.MaskedRouter(8, num_selected_experts=2),
+        train_capacity_factor=factor, eval_capacity_factor=factor)
+    model = keras.Model(inputs, layer(inputs))
+    if mode:
+        layer.quantize(mode)
+    layer.enable_lora(2)
+    for weight in layer.weights:
+        if "lora" in weight.name:
+            weight.assign(0.3 * np.random.default_rng(1).normal(size=weight.shape))
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    for _ in range(2):
+        model.train_on_batch(x, x)
+    if keras.distribution.distribution() is not None:
+        for weight in layer.experts.weights:
+            assert weight.value.sharding.spec[0] == "expert", weight.path
+    return model.predict_on_batch(x)
+
+cases = [(mode, factor) for mode in (None, "int8", "int4") for factor in (2.0, None)]
+alone = [outputs(*case) for case in cases]
+mesh = keras.distribution.DeviceMesh(
+    (2, 4), ["batch", "expert"], keras.distribution.list_devices()[:8])
+keras.distribution.set_distribution(keras.distribution.ModelParallel(
+    layout_map=keras_moe.distribution.expert_layout_map(mesh), batch_dim_name="batch"))
+for case, expected in zip(cases, alone):
+    found = outputs(*case)
+    np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=str(case))
+"""
+
+
+def test_adapters_and_quantized_experts_on_several_devices():
+    """Split over the mesh 2 x 4 with their scales, as on one device."""
+    flags = "--xla_force_host_platform_device_count=8"
+    run_python("-c", ADAPTED, backend="jax", XLA_FLAGS=flags)

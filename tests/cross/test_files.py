@@ -70,3 +70,81 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_files_of_other_backends_load_and_train(backend, written):
     run(READ, backend, written)
+
+
+# Models whose experts are quantized, have adapters, or both, by the name of a file.
+WRITE_ADAPTED = """
+import itertools
+import sys
+import keras
+import numpy as np
+import keras_moe
+
+quantizers = keras.quantizers
+CONFIGS = {
+    "float": None,
+    "int8": quantizers.Int8QuantizationConfig(),
+    "int8_weights": quantizers.Int8QuantizationConfig(activation_quantizer=None),
+    "int4": quantizers.Int4QuantizationConfig(),
+    "int4_blocks": quantizers.Int4QuantizationConfig(block_size=3),
+    "int4_channels": quantizers.Int4QuantizationConfig(block_size=None),
+}
+data = np.random.default_rng(0).normal(size=(5, 12, 8)).astype("float32")
+expected = {"x": data}
+for name, adapters, factor in itertools.product(CONFIGS, (False, True), (2.0, None)):
+    moe = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(4, 15, kernel_initializer="he_normal"),
+        keras_moe.MaskedRouter(4, num_selected_experts=2),
+        train_capacity_factor=factor, eval_capacity_factor=factor)
+    layer = keras_moe.MoeLayerWithBackbone(moe, 8)
+    x = keras.Input((None, 8))
+    model = keras.Model(x, layer(x))
+    if CONFIGS[name]:
+        layer.quantize(config=CONFIGS[name])
+    if adapters:
+        layer.enable_lora(2, lora_alpha=3)
+        for weight in layer.weights:
+            if "lora" in weight.name:
+                weight.assign(0.3 * np.random.default_rng(1).normal(size=weight.shape))
+    file = f"{name}-{adapters}-{factor}"
+    expected[file] = model.predict(data, verbose=0)
+    model.save(f"{sys.argv[1]}/{file}.keras")
+np.savez(sys.argv[1] + "/expected.npz", **expected)
+"""
+
+READ_ADAPTED = """
+import pathlib
+import sys
+import keras
+import numpy as np
+import keras_moe
+
+folders = sorted(pathlib.Path(sys.argv[1]).iterdir())
+assert len(folders) == 3
+for folder in folders:
+    expected = dict(np.load(folder / "expected.npz"))
+    x = expected.pop("x")
+    assert len(expected) == 24
+    for name, outputs in expected.items():
+        model = keras.models.load_model(folder / f"{name}.keras")
+        scale = np.abs(outputs).max()
+        # Rounding may differ between backends where inputs are quantized, too.
+        equal = folder.name == keras.backend.backend() or not name.startswith("int8-")
+        np.testing.assert_allclose(
+            model.predict(x, verbose=0), outputs, rtol=0,
+            atol=scale * (1e-6 if equal else 1e-2), err_msg=f"{folder.name} {name}")
+"""
+
+
+@pytest.fixture(scope="module")
+def written_adapted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("written")
+    for backend in BACKENDS:
+        (folder / backend).mkdir()
+        run(WRITE_ADAPTED, backend, folder / backend)
+    return folder
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_quantized_and_adapted_experts_have_equal_outputs(backend, written_adapted):
+    run(READ_ADAPTED, backend, written_adapted)

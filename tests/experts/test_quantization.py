@@ -215,9 +215,7 @@ def test_the_largest_temporary_is_one_kernel():
     sizes = ops.convert_to_tensor(np.array([1, 0, 0, 2], "int32"))
     rows = ops.ones((3, 3))
     found = keras_moe.kernels.grouped_dense(rows, kernels, None, sizes)
-    np.testing.assert_array_equal(
-        ops.convert_to_numpy(found), [[0, 0], [9, 9], [9, 9]]
-    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(found), [[0, 0], [9, 9], [9, 9]])
     assert all(len(ops.shape(i)) == 0 for i in calls)
 
 
@@ -282,9 +280,7 @@ def test_float8_with_a_capacity(x, tmp_path):
     losses = [model.train_on_batch(x, x) for _ in range(3)]
     assert losses[2] < losses[0]
     loaded = saved_and_loaded(model, tmp_path)
-    np.testing.assert_array_equal(
-        loaded.predict_on_batch(x), model.predict_on_batch(x)
-    )
+    np.testing.assert_array_equal(loaded.predict_on_batch(x), model.predict_on_batch(x))
 
 
 # Calls that quantize.

@@ -187,3 +187,46 @@ def test_a_nan_row_does_not_affect_its_group(rng):
     found = ops.convert_to_numpy(kernels.grouped_dense(rows, kernel, None, sizes))
     assert np.isfinite(found[[0, 1, 2, 4, 5]]).all()
     assert np.isnan(found[3]).all()
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow", reason="its tape knows what is trained"
+)
+def test_a_frozen_kernel_gets_no_gradient(monkeypatch):
+    """Only that of a bias, which is small, is computed beside that of the rows."""
+    rows, sizes = np.ones((8, 64), "float32"), np.array([3, 0, 5], "int32")
+    kernel = np.ones((3, 64, 96), "float32")
+    bias = np.ones((3, 1, 96), "float32")
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def function(rows, bias, kernel):
+            return kernels.grouped_dense(rows, kernel, bias, sizes).sum()
+
+        for trained, is_large in (((0, 1), False), ((0, 1, 2), True)):
+            gradient = jax.jit(jax.grad(function, trained))
+            memory = gradient.lower(rows, bias, kernel).compile().memory_analysis()
+            used = memory.temp_size_in_bytes + memory.output_size_in_bytes
+            assert (used > kernel.nbytes) == is_large
+        return
+    import torch
+
+    from keras_moe.kernels import torch as ours
+
+    shapes = []
+    outer = ours._GroupedOuter.apply
+    monkeypatch.setattr(
+        ours._GroupedOuter,
+        "apply",
+        lambda x, y, *rest: (
+            shapes.append((x.shape[1], y.shape[1])) or outer(x, y, *rest)
+        ),
+    )
+    for trained, expected in ((False, [(1, 96)]), (True, [(64, 96), (1, 96)])):
+        shapes.clear()
+        tensors = [torch.tensor(x) for x in (rows, kernel, bias)]
+        tensors[0].requires_grad = tensors[2].requires_grad = True
+        tensors[1].requires_grad = trained
+        ours.grouped_dense(*tensors, torch.tensor(sizes)).sum().backward()
+        assert shapes == expected
+        assert (tensors[1].grad is not None) == trained

@@ -38,21 +38,20 @@ def split_weights(layer, layout_map):
 
 
 @on_jax
-@pytest.mark.parametrize("change", [None, "lora", "int8", "lora, then int8"])
+@pytest.mark.parametrize("change", [None, "lora", "int8", "int4", "lora, then int8"])
 def test_all_weights_of_experts_are_split(layout_map, change, rng):
     experts = keras_moe.FeedForwardExperts(E, F, gated=True, name="ffn")
     layer = keras_moe.MoeLayer(experts, keras_moe.MaskedRouter(E), name="moe")
     x = rng.normal(size=(2, 5, H)).astype("float32")
     layer(x)
     if change and "lora" in change:
-        for dense in experts.dense_layers:
-            dense.enable_lora(2)
-    if change and "int8" in change:
-        for dense in experts.dense_layers:
-            dense.quantize("int8")
-    expected = [w.path for w in experts.weights if w.shape[0] == E]
+        layer.enable_lora(2)
+    if change and "int" in change:
+        layer.quantize(change[-4:])
+    expected = [w.path for w in experts.weights]
     assert split_weights(layer, layout_map) == expected
-    assert len(expected) == (12 if "lora" in (change or "") else 6)
+    number = {None: 6, "lora": 12, "int8": 9, "int4": 12, "lora, then int8": 15}
+    assert len(expected) == number[change]
     assert np.isfinite(keras.ops.convert_to_numpy(layer(x))).all()
 
 
