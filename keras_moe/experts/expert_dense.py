@@ -176,10 +176,10 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
         """The kernel `[e, h, units]`, with adapters; integers if quantized to some."""
         if not (self.built and self._is_integer):
             return super().kernel
+        if self.quantization_mode == "int8":
+            return self._kernel
         kernel = ops.convert_to_tensor(self._kernel)
-        if self.quantization_mode == "int4":
-            return quantization.unpack(kernel, self.original_kernel_shape[1])
-        return kernel
+        return quantization.unpack(kernel, self.original_kernel_shape[1])
 
     @property
     def _is_integer(self):
