@@ -27,8 +27,11 @@ np.savez(sys.argv[3], **results)
 """
 
 
-def make_model(factors=FACTORS, length=T):
-    """A model with a layer for each capacity factor."""
+plain_and_adapted = pytest.mark.parametrize("mode", [None, "int4"])
+
+
+def make_model(factors=FACTORS, length=T, mode=None):
+    """A model with a layer for each capacity factor, quantized and adapted or not."""
     inputs = keras.Input((length, H))
     x = inputs
     for i, factor in enumerate(factors):
@@ -42,7 +45,13 @@ def make_model(factors=FACTORS, length=T):
             examples_per_group=4.0 if length else 1.0,
             name=f"moe_{i}",
         )(x)
-    return keras.Model(inputs, x)
+    model = keras.Model(inputs, x)
+    if mode:
+        keras_moe.quantize_experts(model, mode)
+        for layer in model.layers:
+            if isinstance(layer, keras_moe.MoeLayer):
+                layer.enable_lora(2)
+    return model
 
 
 def check_served(model, data, folder):
@@ -60,26 +69,32 @@ def check_served(model, data, folder):
 
 @pytest.mark.thorough
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports no SavedModel on PyTorch")
-def test_saved_model_of_any_batch_size(rng, tmp_path):
+@plain_and_adapted
+def test_saved_model_of_any_batch_size(mode, rng, tmp_path):
     data = {
         f"of_{n}": rng.normal(size=(n, T, H)).astype("float32") for n in (1, 3, 4, 9)
     }
-    check_served(make_model(), data, tmp_path)
+    check_served(make_model(mode=mode), data, tmp_path)
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="others need known lengths")
-def test_saved_model_of_any_length(rng, tmp_path):
+@plain_and_adapted
+def test_saved_model_of_any_length(mode, rng, tmp_path):
     data = {f"of_{n}": rng.normal(size=(2, n, H)).astype("float32") for n in (1, 5, 30)}
-    check_served(make_model(length=None), data, tmp_path)
+    check_served(make_model(length=None, mode=mode), data, tmp_path)
 
 
 @pytest.mark.thorough
 @pytest.mark.skipif(BACKEND != "torch", reason="ONNX is exported on PyTorch only")
-def test_onnx(rng, tmp_path):
+@plain_and_adapted
+def test_onnx(mode, rng, tmp_path):
     import onnxruntime
 
-    model = make_model([2.0, 2.0])
+    model = make_model([2.0, 2.0], mode=mode)
+    if mode:  # Adapters are no parameters of a `torch.nn.Module` that is built.
+        model.get_layer("moe_0").merge_lora()
+        model.get_layer("moe_1").merge_lora()
     x = rng.normal(size=(4, T, H)).astype("float32")
     expected = model.predict_on_batch(x)
     file = str(tmp_path / "model.onnx")

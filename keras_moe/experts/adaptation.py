@@ -141,17 +141,29 @@ class AdaptableLayer(CompositeLayer):
         # Not a property: Keras follows the properties of layers to files' paths.
         return [self]
 
-    def _adaptable_layers(self):
+    def _all_dense_layers(self):
         kinds = (keras.layers.Dense, keras.layers.EinsumDense)
-        found = [
-            x for part in self._adaptable_parts() for x in find_layers(part, kinds)
-        ]
+        return [x for part in self._adaptable_parts() for x in find_layers(part, kinds)]
+
+    def _adaptable_layers(self):
+        found = self._all_dense_layers()
         if not self.built or not found:
             raise ValueError(
                 f"{self.name!r} must be built, and its experts must be made of dense "
                 "layers, to have adapters or to be quantized."
             )
         return found
+
+    def _state(self):
+        ranks = [(x.lora_rank, x.lora_alpha) for x in self._all_dense_layers()]
+        return ranks, super()._state()
+
+    def _set_state(self, state):
+        ranks, weights = state
+        for layer, (rank, alpha) in zip(self._all_dense_layers(), ranks, strict=True):
+            if rank and not layer.lora_enabled:  # Those of float kernels.
+                layer.enable_lora(rank, lora_alpha=alpha)
+        super()._set_state(weights)
 
     def enable_lora(self, rank, lora_alpha=None):
         """Adds adapters to the dense layers, and freezes their kernels.

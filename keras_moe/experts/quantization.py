@@ -74,7 +74,7 @@ def dequantize(kernel, kernel_scale, kernel_zero=None, *, mode, rows, size, dtyp
     scale = ops.cast(kernel_scale, dtype)
     if kernel_zero is None:
         return ops.cast(values, dtype) / scale
-    shape = values.shape
+    shape, size = values.shape, min(size, rows)
     if rows % size:
         block = np.arange(rows) // size
         scale, zero = (ops.take(x, block, axis=-2) for x in (scale, kernel_zero))

@@ -62,7 +62,15 @@ class CompositeLayer(keras.layers.Layer):
         shape = getattr(self, "built_shape", None)
         if shape is None:
             return super().__reduce__()
-        return _rebuild, (type(self), self.get_config(), shape, self.get_weights())
+        return _rebuild, (type(self), self.get_config(), shape, self._state())
+
+    def _state(self):
+        """Returns what a copy needs besides the config."""
+        return self.get_weights()
+
+    def _set_state(self, state):
+        """Gives a copy, which is built, the state of the original."""
+        self.set_weights(state)
 
     def _unserialized_sublayers(self):
         """Yields pairs of paths and layers, each before its own sublayers."""
@@ -81,8 +89,8 @@ class CompositeLayer(keras.layers.Layer):
         yield from visit(self, "")
 
 
-def _rebuild(cls, config, shape, weights):
+def _rebuild(cls, config, shape, state):
     layer = cls.from_config(config)
     layer.build(shape)
-    layer.set_weights(weights)
+    layer._set_state(state)
     return layer

@@ -1,5 +1,8 @@
 """Adapters (LoRA): one per expert, applied to its tokens only."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -217,6 +220,18 @@ def test_merge_lora(factor, kernel, rng, tmp_path):
     assert sum("lora" in w.name for w in moe.weights) == 4
 
 
+@kernels
+def test_a_copy_has_the_adapters(kernel, rng):
+    moe = make_model(None, kernel, lora_alpha=3).get_layer("moe")
+    fill_adapters(moe, rng)
+    x = ops.convert_to_tensor(tokens(rng, range(E)))
+    expected = ops.convert_to_numpy(moe(x))
+    for copied in (copy.deepcopy(moe), pickle.loads(pickle.dumps(moe))):
+        np.testing.assert_array_equal(ops.convert_to_numpy(copied(x)), expected)
+        names = [(w.name, w.trainable) for w in copied.weights]
+        assert names == [(w.name, w.trainable) for w in moe.weights]
+
+
 # Calls on layers.
 
 
@@ -312,10 +327,10 @@ def test_tensors_and_copies_have_merged_kernels(rng):
     selected = keras_moe.select_experts(layer, range(E))
     x = ops.convert_to_tensor(tokens(rng, range(E)))
     expected = ops.convert_to_numpy(layer(x))
-    for copy in (merged, selected):
-        assert not any("lora" in w.name for w in copy.weights)
+    for other in (merged, selected):
+        assert not any("lora" in w.name for w in other.weights)
         np.testing.assert_allclose(
-            ops.convert_to_numpy(copy(x)), expected, rtol=1e-4, atol=1e-3
+            ops.convert_to_numpy(other(x)), expected, rtol=1e-4, atol=1e-3
         )
 
 
