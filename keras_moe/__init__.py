@@ -11,6 +11,7 @@ The same letters denote the same axes everywhere, in docstrings, comments and ei
 import sys
 
 from keras_moe import (
+    activations,
     callbacks,
     convert,
     distribution,
@@ -36,6 +37,7 @@ from keras_moe.routers import (
     Gate,
     MaskedRouter,
     Router,
+    SparseMixerRouter,
     TokensChooseRouter,
     Top2MaskedRouter,
 )
@@ -66,9 +68,11 @@ __all__ = [
     "Rows",
     "Slots",
     "SoftMoeLayer",
+    "SparseMixerRouter",
     "TokensChooseRouter",
     "Top2MaskedRouter",
     "accelerate",
+    "activations",
     "callbacks",
     "convert",
     "distribution",

@@ -1,6 +1,7 @@
 """A feed-forward layer, and what it shares with feed-forward experts."""
 
 import functools
+import inspect
 
 import keras
 from keras import ops
@@ -43,6 +44,12 @@ class BaseFeedForward(AdaptableLayer):
             "activation", activation, keras.activations.get
         )
         self.gated = checks.boolean("gated", gated)
+        self._takes_both = _takes_gate_and_inner(self.activation)
+        if self._takes_both and not self.gated:
+            raise ValueError(
+                "`activation` is a function of the gate and of the inner layer, so "
+                f"`gated` must be true. Received: activation={activation!r}."
+            )
         self.use_bias = checks.boolean("use_bias", use_bias)
         self.kernel_initializer = initializers.get(
             "kernel_initializer", kernel_initializer
@@ -121,14 +128,19 @@ class BaseFeedForward(AdaptableLayer):
             drop = functools.partial(ops.multiply, noise)
 
         def compute(inputs):
-            x = intermediate(inputs)
-            if gate is None:
-                return output(drop(self.activation(x)))
-            return output(drop(self.activation(gate(inputs)) * x))
+            inner = intermediate(inputs)
+            return output(drop(self._activate(inner, gate and gate(inputs))))
 
         if self.remat:
             compute = keras.remat(compute)
         return self.output_dropout_layer(compute(inputs), training=training)
+
+    def _activate(self, inner, gate):
+        if gate is None:
+            return self.activation(inner)
+        if self._takes_both:
+            return self.activation(gate, inner)
+        return self.activation(gate) * inner
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -177,6 +189,20 @@ class BaseFeedForward(AdaptableLayer):
         return layer
 
 
+def _takes_gate_and_inner(activation):
+    """Returns whether a function has two arguments without a default."""
+    try:
+        parameters = inspect.signature(activation).parameters.values()
+    except ValueError:  # A function of C has no signature.
+        return False
+    positional = (
+        inspect.Parameter.POSITIONAL_ONLY,
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    )
+    required = [p for p in parameters if p.kind in positional and p.default is p.empty]
+    return len(required) == 2
+
+
 @keras.saving.register_keras_serializable(package="keras_moe")
 class FeedForward(BaseFeedForward):
     """A feed-forward layer, the same for every token.
@@ -190,7 +216,9 @@ class FeedForward(BaseFeedForward):
             Defaults to 0.
         output_dropout: float in [0, 1), the dropout rate after the output. Defaults
             to 0.
-        activation: name or function. Defaults to `"gelu"`, the exact one.
+        activation: name or function. With `gated=True` it may be a function of both
+            the gate and the inner layer, such as
+            `keras_moe.activations.clamped_swiglu`. Defaults to `"gelu"`, the exact one.
         gated: bool, whether to gate the inner layer; with `activation="silu"` this is
             SwiGLU. Defaults to `False`.
         use_bias: bool. Defaults to `True`.

@@ -9,6 +9,7 @@ from keras_moe.experts.expert_dense import ExpertDense
 from keras_moe.experts.feed_forward import BaseFeedForward
 from keras_moe.kernels import RUNS_OP_BY_OP, split_rows
 from keras_moe.utils import checks
+from keras_moe.utils.layouts import refuse_layout
 
 # Up to this number, looping over the experts is faster than batching them.
 FEW_EXPERTS = 16
@@ -18,7 +19,8 @@ FEW_EXPERTS = 16
 class FeedForwardExperts(BaseFeedForward):
     """A feed-forward layer for each expert, all of the same size.
 
-    Each expert computes what `FeedForward` computes, with weights of its own.
+    Each expert computes what `FeedForward` computes, with weights of its own. Identity
+    experts have no weights: their outputs are their inputs.
 
     Args:
         num_experts: int, the number of experts `e`.
@@ -27,7 +29,9 @@ class FeedForwardExperts(BaseFeedForward):
             Defaults to 0.
         output_dropout: float in [0, 1), the dropout rate after the output. Defaults
             to 0.
-        activation: name or function. Defaults to `"gelu"`, the exact one.
+        activation: name or function. With `gated=True` it may be a function of both
+            the gate and the inner layer, such as
+            `keras_moe.activations.clamped_swiglu`. Defaults to `"gelu"`, the exact one.
         gated: bool, whether to gate the inner layer; with `activation="silu"` this is
             SwiGLU. Defaults to `False`.
         use_bias: bool. Defaults to `True`.
@@ -35,6 +39,8 @@ class FeedForwardExperts(BaseFeedForward):
             Defaults to `None`, `TruncatedNormal(stddev=0.02)`.
         bias_initializer: initializer of each expert's biases `[f]` and `[h]`. Defaults
             to `"zeros"`.
+        num_identity_experts: int, how many of the experts, the last ones, are identity
+            experts. Defaults to 0.
         remat: bool, whether to recompute the inner layer for the gradient instead of
             keeping it in memory. Defaults to `False`.
         name: string. Defaults to `"experts"`.
@@ -80,12 +86,19 @@ class FeedForwardExperts(BaseFeedForward):
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
+        num_identity_experts=0,
         remat=False,
         name="experts",
         **kwargs,
     ):
         # Set before the base class creates the dense layers.
         self.num_experts = checks.whole_number("num_experts", num_experts)
+        self.num_identity_experts = checks.whole_number(
+            "num_identity_experts",
+            num_identity_experts,
+            minimum=0,
+            maximum=self.num_experts - 1,
+        )
         super().__init__(
             d_ff,
             inner_dropout=inner_dropout,
@@ -101,13 +114,36 @@ class FeedForwardExperts(BaseFeedForward):
         )
 
     def _make_dense(self, units, name):
-        return ExpertDense(self.num_experts, units, **self._dense_arguments(name))
+        experts = self.num_experts - self.num_identity_experts
+        return ExpertDense(experts, units, **self._dense_arguments(name))
 
     def build(self, input_shape):
         checks.experts_shape(input_shape, self.num_experts)
-        super().build(input_shape)
+        if self.num_identity_experts:
+            refuse_layout(self, "`num_identity_experts` must be 0")
+        groups, experts, *shape = input_shape
+        super().build((groups, experts - self.num_identity_experts, *shape))
 
     def call(self, inputs, group_sizes=None, training=None):
+        if not self.num_identity_experts:
+            return self._call_experts(inputs, group_sizes, training)
+        experts = self.num_experts - self.num_identity_experts
+        if group_sizes is None:
+            results = self._call_experts(inputs[:, :experts], None, training)
+            return ops.concatenate([results, inputs[:, experts:]], axis=1)
+        # The rows of identity experts come last, before those of no expert.
+        sizes = ops.reshape(group_sizes, (-1, self.num_experts))
+        ends = ops.cumsum(sizes, axis=1)
+        first, last = ends[:, experts - 1 : experts], ends[:, -1:]
+        parts = ops.shape(sizes)[0]
+        row = ops.arange(ops.shape(inputs)[0] // parts, dtype=ends.dtype)
+        is_identity = ops.logical_and(row >= first, row < last)  # parts rows
+        is_identity = ops.reshape(is_identity, (-1, 1))
+        sizes = ops.reshape(sizes[:, :experts], (-1,))
+        results = self._call_experts(inputs, sizes, training)
+        return ops.where(is_identity, inputs, results)
+
+    def _call_experts(self, inputs, group_sizes, training):
         if self._can_loop(inputs, group_sizes):
             return self._loop_over_experts(inputs, group_sizes, training)
         layers = self.dense_layers
@@ -118,7 +154,7 @@ class FeedForwardExperts(BaseFeedForward):
     def _can_loop(self, inputs, group_sizes):
         return (
             RUNS_OP_BY_OP
-            and self.num_experts <= FEW_EXPERTS
+            and self.num_experts - self.num_identity_experts <= FEW_EXPERTS
             and not self.remat
             and (group_sizes is not None or inputs.shape[0] == 1)
             and all(x.quantization_mode is None for x in self.dense_layers)
@@ -127,7 +163,7 @@ class FeedForwardExperts(BaseFeedForward):
     def _loop_over_experts(self, inputs, group_sizes, training):
         """Computes one expert at a time, so that its rows stay in the cache."""
         if group_sizes is None:
-            rows, remaining = ops.unstack(inputs[0], self.num_experts), []
+            rows, remaining = ops.unstack(inputs[0]), []
         else:
             *rows, remaining = split_rows(inputs, group_sizes)
             remaining = [ops.zeros_like(remaining)]
@@ -144,4 +180,8 @@ class FeedForwardExperts(BaseFeedForward):
         return inputs_shape
 
     def get_config(self):
-        return {**super().get_config(), "num_experts": self.num_experts}
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "num_identity_experts": self.num_identity_experts,
+        }

@@ -58,7 +58,11 @@ class HeterogeneousExperts(AdaptableLayer):
 
     def build(self, input_shape):
         checks.experts_shape(input_shape, self.num_experts)
-        refuse_layout(self)
+        refuse_layout(
+            self,
+            "they are layers of their own. Use `FeedForwardExperts` with "
+            "`expert_layout_map`",
+        )
         groups, _, capacity, hidden = input_shape
         for expert in self.experts:
             # A symbolic call builds any layer, with or without a `build`.

@@ -31,6 +31,7 @@ ForwardPasses = _kernels.ForwardPasses
 FrozenMatrices = _kernels.FrozenMatrices
 argsort = _kernels.argsort
 as_size = _kernels.as_size
+assign_parts = _kernels.assign_parts
 batched_dense = _kernels.batched_dense
 can_assign = _kernels.can_assign
 gather_rows = _kernels.gather_rows

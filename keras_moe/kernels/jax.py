@@ -14,6 +14,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     FrozenMatrices,
     argsort,
     as_size,
+    assign_parts,
     current_scope,
     split_rows,
 )

@@ -5,15 +5,42 @@ An index of -1 means no row.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
 
 import keras
+import numpy as np
 from keras import ops
 
 
 def as_size(n):
     """Returns a size as an int where the backend knows it."""
     return n
+
+
+def assign_parts(variable, parts):
+    """Assigns a value whose parts are read one after the other.
+
+    Where it can be, each is assigned before the next one is read.
+
+    Args:
+        variable: `keras.Variable` `[n, ...]`.
+        parts: iterable of `n` numpy arrays in the dtype of the variable.
+    """
+    array = None
+    for i, part in enumerate(parts):
+        if array is None:
+            array = aligned_array(tuple(variable.shape), part.dtype)
+        array[i] = part
+    variable.assign(array)
+
+
+def aligned_array(shape, dtype):
+    """Returns an array without values that JAX uses as it is on a CPU, uncopied."""
+    size, alignment = math.prod(shape) * dtype.itemsize, 64
+    memory = np.empty(size + alignment, "uint8")
+    start = -memory.ctypes.data % alignment
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def argsort(x):

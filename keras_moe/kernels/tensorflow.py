@@ -7,6 +7,7 @@ import weakref
 import tensorflow as tf
 from keras import ops
 
+from keras_moe.kernels import plain
 from keras_moe.kernels.plain import (  # noqa: F401
     FrozenMatrices,
     argsort,
@@ -18,6 +19,13 @@ from keras_moe.kernels.plain import (  # noqa: F401
 
 # The graphs of loops and branches inside a layer, whose name scope precedes this.
 INNER_GRAPH = re.compile(r".+_(while_body|cond_true|cond_false)_\d+$")
+
+
+def assign_parts(variable, parts):
+    if tf.distribute.has_strategy():
+        return plain.assign_parts(variable, parts)
+    for i, part in enumerate(parts):
+        variable.value[i].assign(part)
 
 
 def gather_rows(x, index):

@@ -21,6 +21,12 @@ def as_size(n):
     return int(n)  # A tensor during ONNX export.
 
 
+def assign_parts(variable, parts):
+    with torch.no_grad():
+        for i, part in enumerate(parts):
+            variable.value[i].copy_(ops.convert_to_tensor(part))
+
+
 def argsort(x):
     if torch.onnx.is_in_onnx_export():
         # ONNX has no sort; its TopK keeps the order of equal values, too.

@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_moe.experts.adaptation import AdaptableLayer
-from keras_moe.routing.dispatch import combine, dispatch
+from keras_moe.routing.dispatch import combine, dispatch, unweighted
 from keras_moe.routing.grouping import group, ungroup
 from keras_moe.routing.sharding import shard_by_expert, shard_by_group
 from keras_moe.routing.values import group_size_arguments
@@ -48,6 +48,10 @@ class BaseMoeLayer(AdaptableLayer):
     serialized_sublayers = ("experts",)
     # The largest number of experts of a token; `None` where experts choose.
     experts_per_token = None
+    # Whether the combine weights multiply the experts' inputs, not their outputs.
+    weighted_inputs = False
+    # The size of the experts' inputs; `None` for that of the layer's.
+    latent_dim = None
     # The shape that the layer was built with.
     built_shape = None
     # Whether a `keras.RematScope` applies to the layer.
@@ -108,7 +112,8 @@ class BaseMoeLayer(AdaptableLayer):
         self.input_spec = keras.InputSpec(min_ndim=2, axes={-1: hidden})
         # A symbolic call builds any layer, with or without a `build`.
         buffers = keras.KerasTensor(
-            (1, self.num_experts, None, hidden), dtype=self.compute_dtype
+            (1, self.num_experts, None, self.latent_dim or hidden),
+            dtype=self.compute_dtype,
         )
         results = self.experts(buffers)
         received = getattr(results, "shape", type(results).__name__)
@@ -118,11 +123,30 @@ class BaseMoeLayer(AdaptableLayer):
                 f"Received: {received} for {buffers.shape}."
             )
 
-    def call(self, inputs, mask=None, training=None, return_routing=False):
+    def call(
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_routing=False,
+        router_inputs=None,
+    ):
         inputs = ops.cast(inputs, self.compute_dtype)
-        tokens, mask = self._group(inputs, mask)
-        routing = self.compute_routing(tokens, mask, training)
-        buffers = shard_by_expert(dispatch(tokens, routing), self.experts)
+        tokens, token_mask = self._group(inputs, mask)
+        router_tokens = tokens
+        if router_inputs is not None:
+            _check_router_inputs_shape(router_inputs, inputs)
+            router_inputs = ops.cast(router_inputs, self.compute_dtype)
+            router_tokens, _ = self._group(router_inputs, mask)
+        routing = self.compute_routing(router_tokens, token_mask, training)
+        outputs = self._call_experts(tokens, routing, training)
+        outputs = ungroup(outputs, inputs, self.examples_per_group)
+        return (outputs, routing) if return_routing else outputs
+
+    def _call_experts(self, tokens, routing, training):
+        """Returns the outputs of tokens, `[g, t, h]`."""
+        buffers = dispatch(tokens, routing, self.weighted_inputs)
+        buffers = shard_by_expert(buffers, self.experts)
         experts = functools.partial(
             self.experts, training=training, **group_size_arguments(routing)
         )
@@ -130,9 +154,8 @@ class BaseMoeLayer(AdaptableLayer):
             experts = keras.remat(experts)
         results = experts(buffers)
         results = shard_by_group(results, self.experts)
-        outputs = ops.cast(combine(results, routing), self.compute_dtype)
-        outputs = ungroup(outputs, inputs, self.examples_per_group)
-        return (outputs, routing) if return_routing else outputs
+        routing = unweighted(routing) if self.weighted_inputs else routing
+        return ops.cast(combine(results, routing), self.compute_dtype)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # The experts are rematerialized alone: losses and state stay in reach.
@@ -146,7 +169,7 @@ class BaseMoeLayer(AdaptableLayer):
         No loss or metric is added.
 
         Args:
-            inputs: `[batch, ..., h]`.
+            inputs: `[batch, ..., h]`, those of the router.
             mask: bool `[batch, ...]`, false for a masked token. Defaults to `None`, no
                 mask; the implicit Keras mask of the inputs is ignored.
             training: bool. Defaults to `False`.
@@ -191,13 +214,24 @@ class BaseMoeLayer(AdaptableLayer):
         return input_shape
 
     def compute_output_spec(
-        self, inputs, mask=None, training=None, return_routing=False
+        self,
+        inputs,
+        mask=None,
+        training=None,
+        return_routing=False,
+        router_inputs=None,
     ):
         _check_mask_shape(mask, inputs)
+        _check_router_inputs_shape(router_inputs, inputs)
         if return_routing:
             # Infers the shapes of the routing by a symbolic call.
             return keras.Operation.compute_output_spec(
-                self, inputs, mask=mask, training=training, return_routing=True
+                self,
+                inputs,
+                mask=mask,
+                training=training,
+                return_routing=True,
+                router_inputs=router_inputs,
             )
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
@@ -214,13 +248,23 @@ class BaseMoeLayer(AdaptableLayer):
 
 
 def _check_mask_shape(mask, inputs):
-    if mask is None:
-        return
-    received, expected = tuple(mask.shape), tuple(inputs.shape[:-1])
-    if len(received) != len(expected) or any(
-        r != e for r, e in zip(received, expected, strict=True) if None not in (r, e)
-    ):
+    if mask is not None and not _same_shape(mask.shape, inputs.shape[:-1]):
         raise ValueError(
             "`mask` must have the shape of the inputs without the last axis, "
-            f"{expected}. Received: a mask of shape {received}."
+            f"{tuple(inputs.shape[:-1])}. Received: a mask of shape "
+            f"{tuple(mask.shape)}."
         )
+
+
+def _check_router_inputs_shape(router_inputs, inputs):
+    if router_inputs is not None and not _same_shape(router_inputs.shape, inputs.shape):
+        raise ValueError(
+            f"`router_inputs` must have the shape of the inputs, {tuple(inputs.shape)}."
+            f" Received: router_inputs of shape {tuple(router_inputs.shape)}."
+        )
+
+
+def _same_shape(received, expected):
+    return len(received) == len(expected) and all(
+        r == e for r, e in zip(received, expected, strict=True) if None not in (r, e)
+    )

@@ -126,8 +126,8 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
             return None
         # A group with a weight of at most 1/2 uses one expert; of weights that sum to
         # at most 1, only one is above.
-        sums_to_1 = isinstance(outer, (MaskedRouter, Top2MaskedRouter)) and (
-            outer.mechanism != "sigmoid" or outer.normalize_weights
+        sums_to_1 = isinstance(outer, Top2MaskedRouter) or (
+            isinstance(outer, MaskedRouter) and outer.weights_sum_to_at_most_1
         )
         important = 1 if sums_to_1 else groups
         return important * inner.experts_per_token + groups - important

@@ -9,7 +9,9 @@ from keras_moe import losses
 from keras_moe.kernels import XLA_COMPILES_ROWS
 from keras_moe.layers.capacity_layer import CapacityMoeLayer
 from keras_moe.routers import Router
+from keras_moe.routers.gate import UnquantizedDense
 from keras_moe.routing.values import check_has_probs
+from keras_moe.utils import checks, initializers
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -39,6 +41,11 @@ class MoeLayer(CapacityMoeLayer):
             batch. A group that is not full is padded with masked tokens. Defaults to 1.
         min_expert_capacity: int, the smallest capacity of an expert. The largest is
             `t`. Defaults to 1.
+        weighted_inputs: bool, whether the combine weights multiply the experts' inputs
+            instead of their outputs. Defaults to `False`.
+        latent_dim: int, the size to which tokens are projected before the experts; the
+            sum of the experts' outputs is projected back. The router reads the tokens
+            themselves. Defaults to `None`, no projections.
         name: string.
         **kwargs: forwarded to `keras.layers.Layer`.
 
@@ -49,6 +56,7 @@ class MoeLayer(CapacityMoeLayer):
             the inputs.
         training: bool.
         return_routing: bool, whether to return the routing, too.
+        router_inputs: `[batch, ..., h]`, what the router reads. Defaults to the inputs.
 
     Returns:
         `[batch, ..., h]`; with `return_routing` a pair of this and the routing.
@@ -74,7 +82,8 @@ class MoeLayer(CapacityMoeLayer):
     Reference:
         [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equation 1;
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2.2, for the
-        capacity.
+        capacity;
+        [Elango et al., 2026](https://arxiv.org/abs/2601.18089) for `latent_dim`.
     """
 
     serialized_sublayers = ("experts", "router")
@@ -88,6 +97,8 @@ class MoeLayer(CapacityMoeLayer):
         eval_capacity_factor=1.0,
         examples_per_group=1.0,
         min_expert_capacity=1,
+        weighted_inputs=False,
+        latent_dim=None,
         name=None,
         **kwargs,
     ):
@@ -105,6 +116,9 @@ class MoeLayer(CapacityMoeLayer):
             _check_supports_dropless(experts, router)
             self.supports_jit = XLA_COMPILES_ROWS
         self.router = router
+        self.weighted_inputs = checks.boolean("weighted_inputs", weighted_inputs)
+        if latent_dim is not None:
+            self.latent_dim = checks.whole_number("latent_dim", latent_dim)
         self._warn_if_balanced_load_is_dropped()
 
     def build(self, input_shape):
@@ -113,7 +127,32 @@ class MoeLayer(CapacityMoeLayer):
             self.router.build((None, None, input_shape[-1]))
         for dense in getattr(self.experts, "dense_layers", []):
             dense.takes_rows = self.is_dropless
+        if self.latent_dim is not None:
+            hidden = input_shape[-1]
+            self.latent_input = self._projection(
+                "latent_input", hidden, self.latent_dim
+            )
+            self.latent_output = self._projection(
+                "latent_output", self.latent_dim, hidden
+            )
         self.restore_trainable()
+
+    def _projection(self, name, size, units):
+        layer = UnquantizedDense(
+            units,
+            use_bias=False,
+            kernel_initializer=initializers.get("kernel_initializer", None),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        layer.build((None, size))
+        return layer
+
+    def _call_experts(self, tokens, routing, training):
+        if self.latent_dim is None:
+            return super()._call_experts(tokens, routing, training)
+        latent = self.latent_input(tokens)
+        return self.latent_output(super()._call_experts(latent, routing, training))
 
     def compute_routing(self, tokens, mask, training, report=True):
         return self.call_router(self.router, tokens, mask, training, report)
@@ -151,6 +190,8 @@ class MoeLayer(CapacityMoeLayer):
             )
 
     def _warn_if_balanced_load_is_dropped(self):
+        if self.min_expert_capacity > 1:
+            return  # The capacity may be larger.
         k = self.router.experts_per_token or 0
         factors = (self.train_capacity_factor, self.eval_capacity_factor)
         factor = min((f for f in factors if f is not None), default=k)
@@ -167,6 +208,8 @@ class MoeLayer(CapacityMoeLayer):
         return {
             **super().get_config(),
             "router": keras.saving.serialize_keras_object(self.router),
+            "weighted_inputs": self.weighted_inputs,
+            "latent_dim": self.latent_dim,
         }
 
 

@@ -15,12 +15,14 @@ class MoeLayerWithBackbone(AdaptableLayer):
     """A `MoeLayer` plus a feed-forward layer for every token (a shared expert).
 
     `backbone(x) + moe(x)`. With `backbone_gate=True`, and a kernel `w` `[h, 1]`,
-    `sigmoid(x · w) * backbone(x) + moe(x)`, as in Qwen's shared expert.
+    `sigmoid(x · w) * backbone(x) + moe(x)`, as in Qwen's shared expert. With
+    `average=True`, half of the sum.
 
     Args:
         moe: `MoeLayer`.
         backbone_d_ff: int, the size of the backbone's inner layer.
         backbone_gate: bool, whether to gate the backbone's output. Defaults to `False`.
+        average: bool, whether to divide the sum by 2. Defaults to `False`.
         inner_dropout: float in [0, 1), the dropout rate after the backbone's
             activation. Defaults to 0.
         output_dropout: float in [0, 1), the dropout rate after the backbone's output.
@@ -38,6 +40,7 @@ class MoeLayerWithBackbone(AdaptableLayer):
         inputs: `[batch, ..., h]`.
         mask: see `MoeLayer`. The backbone processes masked tokens, too.
         training: bool.
+        router_inputs: see `MoeLayer`.
 
     Returns:
         `[batch, ..., h]`.
@@ -73,6 +76,7 @@ class MoeLayerWithBackbone(AdaptableLayer):
         backbone_d_ff,
         *,
         backbone_gate=False,
+        average=False,
         inner_dropout=0.0,
         output_dropout=0.0,
         activation="gelu",
@@ -102,6 +106,7 @@ class MoeLayerWithBackbone(AdaptableLayer):
             dtype=self.dtype_policy,
         )
         self.backbone_gate = checks.boolean("backbone_gate", backbone_gate)
+        self.average = checks.boolean("average", average)
         if self.backbone_gate:
             self.backbone_gate_layer = Gate(
                 1,
@@ -130,12 +135,15 @@ class MoeLayerWithBackbone(AdaptableLayer):
         self.built_shape = tuple(input_shape)
         self.restore_trainable()
 
-    def call(self, inputs, mask=None, training=None):
+    def call(self, inputs, mask=None, training=None, router_inputs=None):
         backbone = self.backbone(inputs, training=training)
         if self.backbone_gate:
             gate = self.backbone_gate_layer(inputs)
             backbone = ops.cast(gate, backbone.dtype) * backbone
-        return backbone + self.moe(inputs, mask=mask, training=training)
+        moe = self.moe(
+            inputs, mask=mask, training=training, router_inputs=router_inputs
+        )
+        return (backbone + moe) / 2 if self.average else backbone + moe
 
     def _adaptable_parts(self):
         return [self.moe.experts, self.backbone]
@@ -175,5 +183,6 @@ class MoeLayerWithBackbone(AdaptableLayer):
             "moe": keras.saving.serialize_keras_object(self.moe),
             "backbone_d_ff": backbone["d_ff"],
             "backbone_gate": self.backbone_gate,
+            "average": self.average,
             **{name: backbone[name] for name in shared},
         }

@@ -11,6 +11,7 @@ from keras_moe.routers.experts_choose import ExpertsChooseMaskedRouter
 from keras_moe.routers.gate import Gate
 from keras_moe.routers.masked import MaskedRouter
 from keras_moe.routers.router import Router
+from keras_moe.routers.sparse_mixer import SparseMixerRouter
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routers.top2 import Top2MaskedRouter
 
@@ -20,6 +21,7 @@ __all__ = [
     "Gate",
     "MaskedRouter",
     "Router",
+    "SparseMixerRouter",
     "TokensChooseRouter",
     "Top2MaskedRouter",
 ]

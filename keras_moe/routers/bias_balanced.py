@@ -1,4 +1,4 @@
-"""Token-choice routing, balanced by a bias instead of a loss."""
+"""Top-k token-choice routing, balanced by a bias instead of a loss."""
 
 import functools
 
@@ -7,28 +7,21 @@ from keras import ops
 
 from keras_moe.kernels import ForwardPasses
 from keras_moe.kernels.state import OwnedVariable, add_to
-from keras_moe.routers.router import Router
-from keras_moe.routing.placement import assign_slots
-from keras_moe.routing.selection import (
-    nonfinite_to_zero,
-    normalized,
-    top_k,
-    within_best_groups,
-)
+from keras_moe.routers.masked import MaskedRouter
 from keras_moe.routing.statistics import expert_load
 from keras_moe.utils import checks
 
+SCORES = ("sigmoid", "softmax", "sqrt_softplus")
+
 
 @keras.saving.register_keras_serializable(package="keras_moe")
-class BiasBalancedMaskedRouter(Router):
-    """Routes each token to `k` experts, and balances the load by a bias.
+class BiasBalancedMaskedRouter(MaskedRouter):
+    """A `MaskedRouter` that balances the load by a bias instead of a loss.
 
     Experts are selected by score plus bias. Each training step lowers the bias of the
     experts whose load is above the mean, and raises that of the others, by
     `bias_update_rate`; then the mean of the bias is subtracted. The bias affects the
-    selection only: the combine weights are the scores, divided by their sum. With
-    `k = 1` the combine weight is the score itself, since a weight divided by itself has
-    no gradient.
+    selection only, not the combine weights.
 
     The bias is saved with the layer. It is constant in inference, and while the router
     is frozen.
@@ -36,24 +29,38 @@ class BiasBalancedMaskedRouter(Router):
     Args:
         num_experts: int, the number of experts `e`.
         num_selected_experts: int, the number `k` of experts per token. Defaults to 1.
-        routed_scaling_factor: float above 0, by which the combine weights are
-            multiplied. Defaults to 1.
         bias_update_rate: float, the change of the bias in an update. Defaults to 0.001.
         bias_update_steps: int, the number of training batches whose loads are added up
             for an update, as `gradient_accumulation_steps` of an optimizer. Defaults to
             1.
-        num_expert_groups: int that divides `e`, the number of groups of experts.
-            Defaults to 1.
+        normalize_weights: bool, whether to divide a token's combine weights by their
+            sum. Defaults to `None`, whether `k` is above 1: a single weight divided by
+            itself has no gradient.
+        normalization_epsilon: float, added to that sum. Defaults to 0.
+        routed_scaling_factor: float above 0, by which the combine weights are
+            multiplied. Defaults to 1.
+        use_expert_scale: bool, see `MaskedRouter`. Defaults to `False`.
+        num_expert_groups: int that divides `e`, the number of groups of consecutive
+            experts. Defaults to 1.
         num_selected_groups: int, the number of groups that a token may use, those with
-            the best sum of their two best experts. Defaults to 1.
+            the best scores. Defaults to 1.
+        group_score_experts: int, the number of best experts of a group whose scores
+            are summed to the score of the group. Defaults to 2.
+        priority: string, see `MaskedRouter`. Defaults to `"choice"`.
+        overflow: string, see `MaskedRouter`. Defaults to `"drop"`.
+        load_balancing_loss_weight: float, the weight of
+            `keras_moe.losses.load_balancing_loss`, which is added in training and
+            evaluation. Defaults to 0.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
-        mechanism: string, `"sigmoid"` or `"softmax"`, see `Gate`. Defaults to
-            `"sigmoid"`.
+        mechanism: string, `"sigmoid"`, `"softmax"` or `"sqrt_softplus"`, see `Gate`.
+            Defaults to `"sigmoid"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
             in training. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
+        input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
+            epsilon, see `Gate`. Defaults to `None`, no normalization.
         use_bias: bool, whether the gate has a bias. Defaults to `True`.
         kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
             `TruncatedNormal(stddev=0.02)`.
@@ -85,22 +92,28 @@ class BiasBalancedMaskedRouter(Router):
         12-16.
     """
 
-    supports_dropless = True
-
     def __init__(
         self,
         num_experts,
         *,
         num_selected_experts=1,
-        routed_scaling_factor=1.0,
         bias_update_rate=0.001,
         bias_update_steps=1,
+        normalize_weights=None,
+        normalization_epsilon=0.0,
+        routed_scaling_factor=1.0,
+        use_expert_scale=False,
         num_expert_groups=1,
         num_selected_groups=1,
+        group_score_experts=2,
+        priority="choice",
+        overflow="drop",
+        load_balancing_loss_weight=0.0,
         hidden_layers=None,
         mechanism="sigmoid",
         noise_std=0.0,
         jitter_noise=0.0,
+        input_norm_epsilon=None,
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
@@ -109,13 +122,26 @@ class BiasBalancedMaskedRouter(Router):
         name="router",
         **kwargs,
     ):
-        mechanism = checks.one_of("mechanism", mechanism, ("sigmoid", "softmax"))
+        if normalize_weights is None:
+            normalize_weights = num_selected_experts != 1
         super().__init__(
             num_experts,
+            num_selected_experts=num_selected_experts,
+            normalize_weights=normalize_weights,
+            normalization_epsilon=normalization_epsilon,
+            routed_scaling_factor=routed_scaling_factor,
+            use_expert_scale=use_expert_scale,
+            num_expert_groups=num_expert_groups,
+            num_selected_groups=num_selected_groups,
+            group_score_experts=group_score_experts,
+            priority=priority,
+            overflow=overflow,
+            load_balancing_loss_weight=load_balancing_loss_weight,
             hidden_layers=hidden_layers,
-            mechanism=mechanism,
+            mechanism=checks.one_of("mechanism", mechanism, SCORES),
             noise_std=noise_std,
             jitter_noise=jitter_noise,
+            input_norm_epsilon=input_norm_epsilon,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
@@ -123,26 +149,6 @@ class BiasBalancedMaskedRouter(Router):
             export_metrics=export_metrics,
             name=name,
             **kwargs,
-        )
-        self.num_expert_groups = checks.whole_number(
-            "num_expert_groups", num_expert_groups
-        )
-        if self.num_experts % self.num_expert_groups:
-            raise ValueError(
-                "`num_expert_groups` must divide the number of experts, "
-                f"{self.num_experts}. Received: num_expert_groups={num_expert_groups}."
-            )
-        self.num_selected_groups = checks.whole_number(
-            "num_selected_groups", num_selected_groups, maximum=self.num_expert_groups
-        )
-        group_size = self.num_experts // self.num_expert_groups
-        self.num_selected_experts = checks.whole_number(
-            "num_selected_experts",
-            num_selected_experts,
-            maximum=self.num_selected_groups * group_size,
-        )
-        self.routed_scaling_factor = checks.number(
-            "routed_scaling_factor", routed_scaling_factor, above=True
         )
         self.bias_update_rate = checks.number("bias_update_rate", bias_update_rate)
         self.bias_update_steps = checks.whole_number(
@@ -156,10 +162,6 @@ class BiasBalancedMaskedRouter(Router):
             # The loads, and the number of batches.
             self._load_sums = _LoadSums(self, self.num_experts)
 
-    @property
-    def experts_per_token(self):
-        return self.num_selected_experts
-
     def build(self, input_shape):
         super().build(input_shape)
         self.expert_bias = self.add_weight(
@@ -171,18 +173,9 @@ class BiasBalancedMaskedRouter(Router):
             autocast=False,
         )
 
-    def compute_routing(self, probs, expert_capacity, training=None):
+    def _biased(self, scores):
         bias = self.expert_bias if self._bias is None else self._bias
-        scores = nonfinite_to_zero(probs) + ops.convert_to_tensor(bias)
-        if self.num_selected_groups < self.num_expert_groups:
-            scores = within_best_groups(
-                scores, self.num_expert_groups, self.num_selected_groups
-            )
-        k = self.num_selected_experts
-        selection = top_k(probs, k, normalize=k > 1, scores=scores)
-        weight = self.routed_scaling_factor * selection.weight
-        selection = selection._replace(weight=weight)
-        return assign_slots(selection, normalized(probs), expert_capacity)
+        return scores + ops.convert_to_tensor(bias)
 
     def call(self, inputs, *, expert_capacity, mask=None, training=None):
         call = functools.partial(
@@ -225,12 +218,8 @@ class BiasBalancedMaskedRouter(Router):
     def get_config(self):
         return {
             **super().get_config(),
-            "num_selected_experts": self.num_selected_experts,
-            "routed_scaling_factor": self.routed_scaling_factor,
             "bias_update_rate": self.bias_update_rate,
             "bias_update_steps": self.bias_update_steps,
-            "num_expert_groups": self.num_expert_groups,
-            "num_selected_groups": self.num_selected_groups,
         }
 
 

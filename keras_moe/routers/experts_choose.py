@@ -26,6 +26,8 @@ class ExpertsChooseMaskedRouter(Router):
             in training. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
+        input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
+            epsilon, see `Gate`. Defaults to `None`, no normalization.
         use_bias: bool, whether the gate has a bias. Defaults to `True`.
         kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
             `TruncatedNormal(stddev=0.02)`.
@@ -67,6 +69,7 @@ class ExpertsChooseMaskedRouter(Router):
         mechanism="softmax",
         noise_std=0.0,
         jitter_noise=0.0,
+        input_norm_epsilon=None,
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
@@ -81,6 +84,7 @@ class ExpertsChooseMaskedRouter(Router):
             mechanism=mechanism,
             noise_std=noise_std,
             jitter_noise=jitter_noise,
+            input_norm_epsilon=input_norm_epsilon,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,

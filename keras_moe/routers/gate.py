@@ -6,7 +6,7 @@ from keras import ops
 from keras_moe.utils import checks, initializers
 from keras_moe.utils.composite import CompositeLayer
 
-MECHANISMS = ("softmax", "sigmoid", "gumbel")
+MECHANISMS = ("softmax", "sigmoid", "sqrt_softplus", "gumbel")
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -19,14 +19,17 @@ class Gate(CompositeLayer):
         num_experts: int, the number of experts `e`.
         hidden_layers: int or list of ints, the sizes of ReLU layers before the output.
             Defaults to `None`, no hidden layers.
-        mechanism: string. `"softmax"`; `"sigmoid"`, independent scores; or `"gumbel"`,
-            one expert with probability 1: in training a sample (hard Gumbel-softmax
-            with a straight-through gradient), otherwise the best. Defaults to
-            `"softmax"`.
+        mechanism: string. `"softmax"`; `"sigmoid"` or `"sqrt_softplus"`,
+            `sqrt(log(1 + exp(logits)))`, independent scores; or `"gumbel"`, one expert
+            with probability 1: in training a sample (hard Gumbel-softmax with a
+            straight-through gradient), otherwise the best. Defaults to `"softmax"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
             in training. Defaults to 0.
         jitter_noise: float in [0, 1). In training the inputs are multiplied by uniform
             noise from `[1 - jitter_noise, 1 + jitter_noise]`. Defaults to 0.
+        input_norm_epsilon: float. The inputs are RMS-normalized with this epsilon, and
+            multiplied by a learned scale `[h]` and by `h ** -0.5`. Defaults to `None`,
+            no normalization.
         use_bias: bool. Defaults to `True`.
         kernel_initializer: initializer of the kernel `[h, e]`. Defaults to `None`,
             `TruncatedNormal(stddev=0.02)`.
@@ -41,8 +44,8 @@ class Gate(CompositeLayer):
         return_logits: bool.
 
     Returns:
-        float32 probabilities `[batch, ..., e]`, 1 in sum (except for `"sigmoid"`). With
-        `return_logits`, a pair of these and the logits without noise.
+        float32 probabilities `[batch, ..., e]`, 1 in sum (except for independent
+        scores). With `return_logits`, a pair of these and the logits without noise.
 
     Raises:
         ValueError: if an argument is out of range, or the mechanism is unknown.
@@ -58,7 +61,9 @@ class Gate(CompositeLayer):
     Reference:
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2.4, for float32
         and jitter;
-        [Jang et al., 2017](https://arxiv.org/abs/1611.01144) for Gumbel-softmax.
+        [Jang et al., 2017](https://arxiv.org/abs/1611.01144) for Gumbel-softmax;
+        [Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467), equation 4, for
+        RMS normalization.
     """
 
     # If set by the layer that owns the gate: the number of gates in one, with a kernel
@@ -73,6 +78,7 @@ class Gate(CompositeLayer):
         mechanism="softmax",
         noise_std=0.0,
         jitter_noise=0.0,
+        input_norm_epsilon=None,
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
@@ -86,6 +92,11 @@ class Gate(CompositeLayer):
         self.mechanism = checks.one_of("mechanism", mechanism, MECHANISMS)
         self.noise_std = checks.number("noise_std", noise_std)
         self.jitter_noise = checks.number("jitter_noise", jitter_noise, below=1)
+        self.input_norm_epsilon = None
+        if input_norm_epsilon is not None:
+            self.input_norm_epsilon = checks.number(
+                "input_norm_epsilon", input_norm_epsilon, above=True
+            )
         self.use_bias = checks.boolean("use_bias", use_bias)
         self.kernel_initializer = initializers.get(
             "kernel_initializer", kernel_initializer
@@ -122,6 +133,10 @@ class Gate(CompositeLayer):
         self.kernel = self.add_weight(
             name="kernel", shape=kernel_shape, initializer=kernel
         )
+        if self.input_norm_epsilon is not None:
+            self.input_scale = self.add_weight(
+                name="input_scale", shape=(input_shape[-1],), initializer="ones"
+            )
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=bias_shape, initializer=bias)
@@ -135,6 +150,10 @@ class Gate(CompositeLayer):
         return (probs, logits) if return_logits else probs
 
     def _logits(self, x):
+        if self.input_norm_epsilon is not None:
+            mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
+            x = x * ops.rsqrt(mean_square + self.input_norm_epsilon)
+            x = x * self.input_scale * x.shape[-1] ** -0.5
         for layer in self._hidden:
             x = layer(x)
         logits = ops.matmul(x, self.kernel)
@@ -145,6 +164,9 @@ class Gate(CompositeLayer):
             return _softmax(logits)
         if self.mechanism == "sigmoid":
             return ops.sigmoid(logits)
+        if self.mechanism == "sqrt_softplus":
+            # Below, the softplus is 0 in float32, and its root has no finite gradient.
+            return ops.sqrt(ops.softplus(ops.maximum(logits, -80.0)))
         if training:
             uniform = keras.random.uniform(
                 ops.shape(logits),
@@ -202,6 +224,7 @@ class Gate(CompositeLayer):
             "mechanism": self.mechanism,
             "noise_std": self.noise_std,
             "jitter_noise": self.jitter_noise,
+            "input_norm_epsilon": self.input_norm_epsilon,
             "use_bias": self.use_bias,
             "kernel_initializer": initializers.serialize(self.kernel_initializer),
             "bias_initializer": initializers.serialize(self.bias_initializer),

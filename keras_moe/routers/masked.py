@@ -1,10 +1,17 @@
 """Top-k token-choice routing."""
 
 import keras
+from keras import ops
 
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routing.placement import PRIORITIES, assign_slots, selection_load
-from keras_moe.routing.selection import next_best, normalized, top_k
+from keras_moe.routing.selection import (
+    next_best,
+    nonfinite_to_zero,
+    normalized,
+    top_k,
+    within_best_groups,
+)
 from keras_moe.utils import checks
 
 
@@ -24,6 +31,17 @@ class MaskedRouter(TokensChooseRouter):
             factor must be at least `k`. Defaults to 1.
         normalize_weights: bool, whether to divide a token's combine weights by their
             sum. Defaults to `False`.
+        normalization_epsilon: float, added to that sum. Defaults to 0.
+        routed_scaling_factor: float above 0, by which the combine weights are
+            multiplied. Defaults to 1.
+        use_expert_scale: bool, whether to multiply the combine weights of each expert
+            by a weight of its own, which is 1 at first. Defaults to `False`.
+        num_expert_groups: int that divides `e`, the number of groups of consecutive
+            experts. Defaults to 1.
+        num_selected_groups: int, the number of groups that a token may use, those with
+            the best scores. Defaults to 1.
+        group_score_experts: int, the number of best experts of a group whose scores
+            are summed to the score of the group. Defaults to 2.
         priority: string. `"choice"`, all first choices before all second choices;
             `"token"`, earlier tokens, with all their choices, before later ones; or
             `"probability"`, as `"choice"`, with tokens in the order of their best
@@ -41,6 +59,8 @@ class MaskedRouter(TokensChooseRouter):
             in training. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
+        input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
+            epsilon, see `Gate`. Defaults to `None`, no normalization.
         use_bias: bool, whether the gate has a bias. Defaults to `True`.
         kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
             `TruncatedNormal(stddev=0.02)`.
@@ -75,7 +95,9 @@ class MaskedRouter(TokensChooseRouter):
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961) for `k = 1`;
         [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668) for `k = 2`;
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974) for
-        `priority="probability"`.
+        `priority="probability"`;
+        [DeepSeek-AI, 2024](https://arxiv.org/abs/2405.04434), section 2.2.2, for groups
+        of experts.
     """
 
     supports_dropless = True
@@ -86,6 +108,12 @@ class MaskedRouter(TokensChooseRouter):
         *,
         num_selected_experts=1,
         normalize_weights=False,
+        normalization_epsilon=0.0,
+        routed_scaling_factor=1.0,
+        use_expert_scale=False,
+        num_expert_groups=1,
+        num_selected_groups=1,
+        group_score_experts=2,
         priority="choice",
         overflow="drop",
         load_balancing_loss_weight=0.01,
@@ -93,6 +121,7 @@ class MaskedRouter(TokensChooseRouter):
         mechanism="softmax",
         noise_std=0.0,
         jitter_noise=0.0,
+        input_norm_epsilon=None,
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
@@ -108,6 +137,7 @@ class MaskedRouter(TokensChooseRouter):
             mechanism=mechanism,
             noise_std=noise_std,
             jitter_noise=jitter_noise,
+            input_norm_epsilon=input_norm_epsilon,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
@@ -116,10 +146,34 @@ class MaskedRouter(TokensChooseRouter):
             name=name,
             **kwargs,
         )
+        self.num_expert_groups = checks.whole_number(
+            "num_expert_groups", num_expert_groups
+        )
+        if self.num_experts % self.num_expert_groups:
+            raise ValueError(
+                "`num_expert_groups` must divide the number of experts, "
+                f"{self.num_experts}. Received: num_expert_groups={num_expert_groups}."
+            )
+        self.num_selected_groups = checks.whole_number(
+            "num_selected_groups", num_selected_groups, maximum=self.num_expert_groups
+        )
+        self.group_score_experts = checks.whole_number(
+            "group_score_experts", group_score_experts
+        )
+        group_size = self.num_experts // self.num_expert_groups
         self.num_selected_experts = checks.whole_number(
-            "num_selected_experts", num_selected_experts, maximum=self.num_experts
+            "num_selected_experts",
+            num_selected_experts,
+            maximum=self.num_selected_groups * group_size,
         )
         self.normalize_weights = checks.boolean("normalize_weights", normalize_weights)
+        self.normalization_epsilon = checks.number(
+            "normalization_epsilon", normalization_epsilon
+        )
+        self.routed_scaling_factor = checks.number(
+            "routed_scaling_factor", routed_scaling_factor, above=True
+        )
+        self.use_expert_scale = checks.boolean("use_expert_scale", use_expert_scale)
         self.priority = checks.one_of("priority", priority, PRIORITIES)
         self.overflow = checks.one_of("overflow", overflow, ("drop", "next_best"))
         if self.overflow == "next_best" and self.priority != "token":
@@ -137,22 +191,75 @@ class MaskedRouter(TokensChooseRouter):
     def experts_per_token(self):
         return self.num_selected_experts
 
+    @property
+    def weights_sum_to_at_most_1(self):
+        """Whether the combine weights of a token sum to 1 or less."""
+        sums_to_1 = self.mechanism in ("softmax", "gumbel") or self.normalize_weights
+        is_scaled = self.routed_scaling_factor > 1 or self.use_expert_scale
+        return sums_to_1 and not is_scaled
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.use_expert_scale:
+            self.expert_scale = self.add_weight(
+                name="expert_scale",
+                shape=(self.num_experts,),
+                initializer="ones",
+                dtype="float32",
+                autocast=False,
+            )
+
     def compute_routing(self, probs, expert_capacity, training=None):
-        k, normalize = self.num_selected_experts, self.normalize_weights
-        selection, load = top_k(probs, k, normalize), None
+        k, scores = self.num_selected_experts, self._scores(probs)
+        selection, load = top_k(probs, k, scores=scores), None
         if self.overflow == "next_best" and expert_capacity is not None:
             # The load is that of the best experts, before any is full.
             load = selection_load(selection, self.num_experts)
-            selection = next_best(probs, k, expert_capacity, normalize)
-        if self.mechanism == "sigmoid":
+            selection = next_best(probs, k, expert_capacity, scores=scores)
+        selection = selection._replace(weight=self._combine_weights(selection))
+        if self.mechanism in ("sigmoid", "sqrt_softplus"):
             probs = normalized(probs)
         return assign_slots(selection, probs, expert_capacity, self.priority, load)
+
+    def _scores(self, probs):
+        """Returns the scores by which experts are selected, `-inf` to exclude one."""
+        scores = self._biased(nonfinite_to_zero(probs))
+        if self.num_selected_groups == self.num_expert_groups:
+            return scores
+        return within_best_groups(
+            scores,
+            self.num_expert_groups,
+            self.num_selected_groups,
+            self.group_score_experts,
+        )
+
+    def _biased(self, scores):
+        """Returns scores with what a subclass adds to them for the selection."""
+        return scores
+
+    def _combine_weights(self, selection):
+        """Returns the combine weights of a selection of probabilities, `[g, t, k]`."""
+        weight = selection.weight
+        if self.normalize_weights:
+            weight = normalized(weight, self.normalization_epsilon)
+        if self.routed_scaling_factor != 1:
+            weight = self.routed_scaling_factor * weight
+        if self.use_expert_scale:
+            scale = ops.convert_to_tensor(self.expert_scale)
+            weight = weight * ops.take(scale, ops.maximum(selection.expert_index, 0))
+        return weight
 
     def get_config(self):
         return {
             **super().get_config(),
             "num_selected_experts": self.num_selected_experts,
             "normalize_weights": self.normalize_weights,
+            "normalization_epsilon": self.normalization_epsilon,
+            "routed_scaling_factor": self.routed_scaling_factor,
+            "use_expert_scale": self.use_expert_scale,
+            "num_expert_groups": self.num_expert_groups,
+            "num_selected_groups": self.num_selected_groups,
+            "group_score_experts": self.group_score_experts,
             "priority": self.priority,
             "overflow": self.overflow,
         }

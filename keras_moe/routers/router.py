@@ -20,6 +20,7 @@ GATE_ARGUMENTS = (
     "mechanism",
     "noise_std",
     "jitter_noise",
+    "input_norm_epsilon",
     "use_bias",
     "kernel_initializer",
     "bias_initializer",
@@ -48,6 +49,8 @@ class Router(LayerMetrics, CompositeLayer):
             in training. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
+        input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
+            epsilon, see `Gate`. Defaults to `None`, no normalization.
         use_bias: bool, whether the gate has a bias. Defaults to `True`.
         kernel_initializer: initializer of the gate's kernel. Defaults to `None`,
             `TruncatedNormal(stddev=0.02)`.
@@ -116,6 +119,7 @@ class Router(LayerMetrics, CompositeLayer):
         mechanism="softmax",
         noise_std=0.0,
         jitter_noise=0.0,
+        input_norm_epsilon=None,
         use_bias=True,
         kernel_initializer=None,
         bias_initializer="zeros",
@@ -142,6 +146,7 @@ class Router(LayerMetrics, CompositeLayer):
             mechanism=mechanism,
             noise_std=noise_std,
             jitter_noise=jitter_noise,
+            input_norm_epsilon=input_norm_epsilon,
             use_bias=use_bias,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
@@ -228,9 +233,25 @@ class Router(LayerMetrics, CompositeLayer):
         )
         if mask is not None:
             probs = ops.where(ops.expand_dims(mask, -1), probs, 0.0)
-        routing = self.compute_routing(probs, expert_capacity, training=training)
+        routing = self.routing_of_logits(logits, probs, expert_capacity, training)
         check_routing(routing)
         return routing, logits
+
+    def routing_of_logits(self, logits, probs, expert_capacity, training):
+        """Turns logits and probabilities into a routing, by `compute_routing`.
+
+        A subclass that needs the logits overrides it.
+
+        Args:
+            logits: float32 `[g, t, e]`, without noise.
+            probs: see `compute_routing`.
+            expert_capacity: see `compute_routing`.
+            training: bool.
+
+        Returns:
+            `Slots`, `Rows` or a `RouterMask`.
+        """
+        return self.compute_routing(probs, expert_capacity, training=training)
 
     def report(self, routing, logits, mask):
         """Adds losses and metrics. Subclasses may extend it with metrics of their own.

@@ -9,15 +9,17 @@ import keras
 from keras import ops
 
 from keras_moe.kernels import gather_rows, scatter_add_rows
-from keras_moe.routing.values import Rows, Slots, check_routing
+from keras_moe.routing.values import RouterMask, Rows, Slots, check_routing
 
 
-def dispatch(tokens, routing):
+def dispatch(tokens, routing, weighted=False):
     """Gathers tokens into the experts' buffers.
 
     Args:
         tokens: `[g, t, h]`.
         routing: `Slots`, `Rows` or `RouterMask`.
+        weighted: bool, whether to multiply the tokens by the combine weights. Defaults
+            to `False`.
 
     Returns:
         `[1, e, g·c, h]`, zero in empty slots; for `Rows` `[a, h]`.
@@ -28,13 +30,18 @@ def dispatch(tokens, routing):
         parts, rows = ops.shape(routing.token_index)
         tokens = ops.reshape(tokens, (parts, groups * t // parts, hidden))
         rows_of_parts = gather_rows(tokens, routing.token_index)
+        if weighted:
+            rows_of_parts = _weigh(rows_of_parts, routing.weight)
         return ops.reshape(rows_of_parts, (parts * rows, hidden))
     if isinstance(routing, Slots):
         _, experts, capacity = ops.shape(routing.token_index)
         buffers = gather_rows(tokens, _expert_major(routing.token_index))
+        if weighted:
+            buffers = _weigh(buffers, _expert_major(routing.weight))
     else:
         _, _, experts, capacity = ops.shape(routing.dispatch_mask)
-        mask = ops.cast(routing.dispatch_mask, tokens.dtype)
+        mask = routing.combine_array if weighted else routing.dispatch_mask
+        mask = ops.cast(mask, tokens.dtype)
         buffers = ops.einsum("gtec,gth->egch", mask, tokens)
     return ops.reshape(buffers, (1, experts, groups * capacity, hidden))
 
@@ -73,11 +80,26 @@ def combine(outputs, routing):
     return ops.cast(results, dtype)
 
 
+def unweighted(routing):
+    """Returns a routing whose combine weights are 1, for weighted inputs.
+
+    Args:
+        routing: `Slots`, `Rows` or `RouterMask`.
+    """
+    if isinstance(routing, RouterMask):
+        return routing._replace(combine_array=routing.dispatch_mask)
+    return routing._replace(weight=routing.assignments)
+
+
 def _weighted_sum(rows, weight, token_index, num_tokens):
     """Weights rows `[..., h]` and sums them by token: `[g, num_tokens, h]`."""
     rows = ops.reshape(rows, (*ops.shape(token_index), ops.shape(rows)[-1]))
-    rows = rows * ops.cast(ops.expand_dims(weight, -1), rows.dtype)
-    return scatter_add_rows(rows, token_index, num_tokens)
+    return scatter_add_rows(_weigh(rows, weight), token_index, num_tokens)
+
+
+def _weigh(rows, weight):
+    """Multiplies rows `[..., h]` by weights `[...]`."""
+    return rows * ops.cast(ops.expand_dims(weight, -1), rows.dtype)
 
 
 def _expert_major(x):

@@ -57,9 +57,17 @@ def valid_tokens(probs):
     return ops.any(probs != 0, axis=-1)
 
 
-def normalized(scores):
-    """Returns scores divided by their sum over the last axis; all zeros stay zeros."""
-    total = ops.sum(scores, axis=-1, keepdims=True)
+def normalized(scores, epsilon=0.0):
+    """Divides scores by their sum over the last axis plus `epsilon`; zeros stay zeros.
+
+    Args:
+        scores: float tensor.
+        epsilon: float. Defaults to 0.
+
+    Returns:
+        A tensor of the same shape.
+    """
+    total = ops.sum(scores, axis=-1, keepdims=True) + epsilon
     # The gradient divides by the square of the sum, which must not underflow to 0.
     # NaN stays NaN.
     least = ops.where(total == 0, 1.0, 1e-18)
@@ -106,7 +114,7 @@ def top_k(probs, k, normalize=False, scores=None):
     return Selection(index, normalized(weight) if normalize else weight)
 
 
-def next_best(probs, k, expert_capacity, normalize=False):
+def next_best(probs, k, expert_capacity, normalize=False, scores=None):
     """Selects the `k` best experts that have room, token after token.
 
     The result is that of serving the tokens one by one. It is computed by deferred
@@ -120,6 +128,8 @@ def next_best(probs, k, expert_capacity, normalize=False):
         expert_capacity: int or scalar int32 tensor.
         normalize: bool, whether to divide a token's weights by their sum.
             Defaults to `False`.
+        scores: float32 `[g, t, e]`, the values to select by; `-inf` excludes an
+            expert. Defaults to `probs`.
 
     Returns:
         A `Selection`; -1 and weight 0 where every expert is full.
@@ -127,7 +137,7 @@ def next_best(probs, k, expert_capacity, normalize=False):
     Reference:
         [Gale and Shapley, 1962](https://doi.org/10.1080/00029890.1962.11989827).
     """
-    scores = ops.stop_gradient(nonfinite_to_zero(probs))
+    scores = ops.stop_gradient(nonfinite_to_zero(probs) if scores is None else scores)
 
     def select(open_):
         open_scores = ops.where(open_, scores, EXCLUDED_SCORE)
@@ -148,27 +158,31 @@ def next_best(probs, k, expert_capacity, normalize=False):
     return select(open_)
 
 
-def within_best_groups(scores, num_groups, num_selected):
+def within_best_groups(scores, num_groups, num_selected, num_best=2):
     """Limits each token to the experts of its best groups of experts.
 
-    The score of a group is the sum of its two best experts' scores.
+    The score of a group is the sum of the scores of its best experts.
 
     Args:
         scores: float32 `[g, t, e]`.
         num_groups: int that divides `e`, the number of groups of consecutive
             experts.
         num_selected: int, the number of groups that a token may use.
+        num_best: int, the number of best experts whose scores are summed. Defaults to
+            2.
 
     Returns:
         `scores`, with `-inf` for the experts of the other groups.
 
     Reference:
-        [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2.
+        [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2;
+        [DeepSeek-AI, 2024](https://arxiv.org/abs/2405.04434), section 2.2.2, with one
+        best expert.
     """
     groups, tokens, num_experts = ops.shape(scores)
     shape = (groups, tokens, num_groups, num_experts // num_groups)
     by_group = ops.reshape(scores, shape)
-    group_scores = ops.sum(ops.sort(by_group, axis=-1)[..., -2:], axis=-1)
+    group_scores = ops.sum(ops.sort(by_group, axis=-1)[..., -num_best:], axis=-1)
     all_valid = ops.ones_like(group_scores)
     best = top_k(all_valid, num_selected, scores=group_scores).expert_index
     kept = ops.any(ops.one_hot(best, num_groups, dtype="bool"), axis=2)

@@ -43,17 +43,17 @@ def lay_out_expert_weight(path, shape):
         layout_map[path] = (axis, *[None] * (len(shape) - 1))
 
 
-def refuse_layout(layer):
+def refuse_layout(layer, reason):
     """Raises an error if experts would not be split although a layout map is in use.
 
     Args:
-        layer: experts whose weights have no expert axis.
+        layer: experts that cannot be split.
+        reason: string, why, and what to do.
     """
     for _, axis in _layout_maps_in_use():
         raise ValueError(
             f"The experts of {layer.name!r}, a {type(layer).__name__}, cannot be split "
-            f"over the mesh axis {axis!r}: they are layers of their own. Use "
-            "`FeedForwardExperts` with `expert_layout_map`."
+            f"over the mesh axis {axis!r}: {reason}."
         )
 
 

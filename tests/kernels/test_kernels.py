@@ -1,4 +1,5 @@
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 from gradients import gradients
@@ -29,6 +30,16 @@ def test_scatter_add_rows_table():
         np.testing.assert_array_equal(
             sums, [[[4], [0], [1], [0]], [[0], [0], [24], [0]]]
         )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_assign_parts(dtype):
+    for assign in (kernels.assign_parts, plain.assign_parts):
+        variable = keras.Variable(np.zeros((2, 3)), dtype=dtype)
+        parts = np.arange(6).reshape(2, 3).astype(getattr(ml_dtypes, dtype, dtype))
+        assign(variable, iter(parts))
+        found = ops.convert_to_numpy(ops.cast(variable, "float32"))
+        np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])
 
 
 @pytest.mark.parametrize("width", [(), (3,)])

@@ -26,6 +26,7 @@ ROOMS = (
     "losses",
     "routing",
     "kernels",
+    "activations",
     "utils",
 )
 FILES = sorted(PACKAGE.rglob("*.py"))
