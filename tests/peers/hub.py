@@ -2,7 +2,9 @@
 
 import importlib
 
+import keras
 import numpy as np
+from keras import ops
 
 from keras_moe import convert, presets
 
@@ -12,6 +14,31 @@ def block_class(model):
     module = importlib.import_module(f"keras_hub.src.models.{model}.{model}_decoder")
     (name,) = (name for name in vars(module) if name.endswith("SparseMoeBlock"))
     return getattr(module, name)
+
+
+class Gemma4RouterAndExperts(keras.layers.Layer):
+    """The router and the experts of a Gemma 4 decoder block, without its norms."""
+
+    def __init__(self, hidden, d_ff, num_experts, k, **kwargs):
+        super().__init__(**kwargs)
+        moe = importlib.import_module("keras_hub.src.models.gemma4.gemma4_moe")
+        dtype = self.dtype_policy
+        self.moe_router = moe.Gemma4Router(
+            num_experts, k, dtype=dtype, name="moe_router"
+        )
+        self.moe_expert_bank = moe.Gemma4MoEBlock(
+            num_experts, hidden, d_ff, dtype=dtype, name="moe_expert_bank"
+        )
+
+    def build(self, input_shape):
+        self.moe_router.build(input_shape)
+        self.moe_expert_bank.build(input_shape)
+        self.built = True
+
+    def call(self, x):
+        shape = ops.shape(x)
+        rows = ops.reshape(x, (-1, shape[-1]))
+        return ops.reshape(self.moe_expert_bank(rows, self.moe_router(x)), shape)
 
 
 def pair(num_experts, hidden, d_ff, k):
