@@ -72,6 +72,12 @@ def main(arguments=None):
     print(f"The files moe.keras and char_lm.png are in {options.output}.")
 
 
+def shrink():
+    """Makes the models so small that an example runs quickly, and learns little."""
+    global BLOCKS, WIDTH, HEADS, D_FF
+    BLOCKS, WIDTH, HEADS, D_FF = 1, 16, 2, 32
+
+
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=500, help="training steps")

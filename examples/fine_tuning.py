@@ -41,7 +41,10 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=200, help="steps of each way")
     parser.add_argument("--output", type=pathlib.Path, default="runs/fine_tuning")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try it")
     options = parser.parse_args(arguments)
+    if options.small:
+        char_lm.shrink()
     options.output.mkdir(parents=True, exist_ok=True)
     base = options.output / "base.keras"
     text, held_out_text, alphabet = char_lm.read_text()
@@ -53,8 +56,10 @@ def main(arguments=None):
     char_lm.train(model, text, held_out, options.base_steps, options.seed)
     save(model, base)
 
-    programs = read_programs(PROGRAMS, alphabet)
-    held_out = char_lm.examples(read_programs(HELD_OUT_PROGRAMS, alphabet))
+    number = 1 if options.small else None
+    programs = read_programs(PROGRAMS[:number], alphabet)
+    held_out = read_programs(HELD_OUT_PROGRAMS[:number], alphabet)
+    held_out = char_lm.examples(held_out)
     start = measure(base, held_out)
     print(f"\n{start:.3f} bits per character of programs, before adaptation")
     results = {}

@@ -29,7 +29,10 @@ def main(arguments=None):
     parser.add_argument("--steps", type=int, default=200, help="steps after, each way")
     parser.add_argument("--output", type=pathlib.Path, default="runs/upcycling")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try it")
     options = parser.parse_args(arguments)
+    if options.small:
+        char_lm.shrink()
     text, held_out_text, alphabet = char_lm.read_text()
     held_out = char_lm.examples(held_out_text)
 

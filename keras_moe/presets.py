@@ -7,6 +7,7 @@ Presets with a capacity drop tokens where similar tokens are routed together; se
 "Which settings?" in the documentation.
 """
 
+from keras_moe.activations import clamped_swiglu
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.layers import MoeLayer, MoeLayerWithBackbone
 from keras_moe.routers import (
@@ -235,9 +236,6 @@ def qwen2_moe(
         [Qwen Team, 2024](https://arxiv.org/abs/2407.10671), section 2.2.2.
     """
     router = _top_k(num_selected_experts, loss_at_k=0.001, normalize=False)
-    if shared_d_ff is None:
-        shared_d_ff = 4 * checks.whole_number("d_ff", d_ff)
-    shared_d_ff = checks.whole_number("shared_d_ff", shared_d_ff)
     name = kwargs.pop("name", None)
     moe = _moe_layer(
         num_experts,
@@ -251,14 +249,7 @@ def qwen2_moe(
         eval_capacity_factor=eval_capacity_factor,
         **kwargs,
     )
-    return MoeLayerWithBackbone(
-        moe,
-        shared_d_ff,
-        backbone_gate=True,
-        name=name,
-        dtype=kwargs.get("dtype"),
-        **_SWIGLU,
-    )
+    return _with_shared_expert(moe, d_ff, shared_d_ff, 4, name, backbone_gate=True)
 
 
 def qwen3_moe(
@@ -377,6 +368,7 @@ def deepseek_v3(
     num_selected_experts=8,
     num_expert_groups=8,
     num_selected_groups=4,
+    routed_scaling_factor=2.5,
     train_capacity_factor=None,
     eval_capacity_factor=None,
     router_kwargs=None,
@@ -394,6 +386,8 @@ def deepseek_v3(
         num_selected_experts: int, the experts per token. Defaults to 8.
         num_expert_groups: int that divides `num_experts`. Defaults to 8.
         num_selected_groups: int, the groups that a token may use. Defaults to 4.
+        routed_scaling_factor: float above 0, by which the combine weights are
+            multiplied. Defaults to 2.5.
         train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
         eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
         router_kwargs: dict of further arguments of the router. Defaults to `None`.
@@ -414,17 +408,506 @@ def deepseek_v3(
     Reference:
         [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2.
     """
-    router = {
-        "num_selected_experts": num_selected_experts,
-        "num_expert_groups": num_expert_groups,
-        "num_selected_groups": num_selected_groups,
-        "routed_scaling_factor": 2.5,
-        "bias_update_rate": 0.001,
-    }
+    router = _balanced_by_bias(
+        num_selected_experts,
+        num_expert_groups=num_expert_groups,
+        num_selected_groups=num_selected_groups,
+        routed_scaling_factor=routed_scaling_factor,
+    )
     return _moe_layer(
         num_experts,
         d_ff,
         BiasBalancedMaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+
+
+def deepseek_v2(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=6,
+    num_expert_groups=8,
+    num_selected_groups=3,
+    routed_scaling_factor=16.0,
+    shared_d_ff=None,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of DeepSeek-V2: groups of experts, and a shared expert.
+
+    The combine weights are not normalized. A group of experts is as good as its best
+    expert.
+
+    Args:
+        num_experts: int, the number of experts `e`; 160 or 64 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 6.
+        num_expert_groups: int that divides `num_experts`. Defaults to 8.
+        num_selected_groups: int, the groups that a token may use. Defaults to 3.
+        routed_scaling_factor: float above 0, by which the combine weights are
+            multiplied. Defaults to 16.
+        shared_d_ff: int, the size of the shared expert's inner layer. Defaults to
+            `None`, twice `d_ff`.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayerWithBackbone`, whose backbone is the shared expert.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.deepseek_v2(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [DeepSeek-AI, 2024](https://arxiv.org/abs/2405.04434), section 2.2.
+    """
+    router = _top_k(num_selected_experts, loss_at_k=0.001, normalize=False) | {
+        "num_expert_groups": num_expert_groups,
+        "num_selected_groups": num_selected_groups,
+        "group_score_experts": 1,
+        "routed_scaling_factor": routed_scaling_factor,
+    }
+    name = kwargs.pop("name", None)
+    moe = _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+    return _with_shared_expert(moe, d_ff, shared_d_ff, 2, name)
+
+
+def glm4_moe(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=8,
+    routed_scaling_factor=1.0,
+    shared_d_ff=None,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of GLM-4.5: sigmoid scores, a bias, and a shared expert.
+
+    Args:
+        num_experts: int, the number of experts `e`; 128 or 160 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        routed_scaling_factor: float above 0, by which the combine weights are
+            multiplied. Defaults to 1.
+        shared_d_ff: int, the size of the shared expert's inner layer. Defaults to
+            `None`, `d_ff`.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayerWithBackbone`, whose backbone is the shared expert.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.glm4_moe(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [GLM-4.5 Team, 2025](https://arxiv.org/abs/2508.06471), section 2.1.
+    """
+    router = _balanced_by_bias(
+        num_selected_experts, routed_scaling_factor=routed_scaling_factor
+    )
+    name = kwargs.pop("name", None)
+    moe = _moe_layer(
+        num_experts,
+        d_ff,
+        BiasBalancedMaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+    return _with_shared_expert(moe, d_ff, shared_d_ff, 1, name)
+
+
+def kimi_k2(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=8,
+    routed_scaling_factor=2.827,
+    shared_d_ff=None,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of Kimi K2: that of DeepSeek-V3, without groups of experts.
+
+    Args:
+        num_experts: int, the number of experts `e`; 384 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        routed_scaling_factor: float above 0, by which the combine weights are
+            multiplied. Defaults to 2.827.
+        shared_d_ff: int, the size of the shared expert's inner layer. Defaults to
+            `None`, `d_ff`.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayerWithBackbone`, whose backbone is the shared expert.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.kimi_k2(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [Kimi Team, 2025](https://arxiv.org/abs/2507.20534), section 2.3.
+    """
+    router = _balanced_by_bias(
+        num_selected_experts, routed_scaling_factor=routed_scaling_factor
+    )
+    name = kwargs.pop("name", None)
+    moe = _moe_layer(
+        num_experts,
+        d_ff,
+        BiasBalancedMaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+    return _with_shared_expert(moe, d_ff, shared_d_ff, 1, name)
+
+
+def minimax_m2(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=8,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of MiniMax-M2: sigmoid scores and a bias, dropless.
+
+    Args:
+        num_experts: int, the number of experts `e`; 256 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.minimax_m2(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [MiniMax, 2025](https://huggingface.co/MiniMaxAI/MiniMax-M2).
+    """
+    router = _balanced_by_bias(num_selected_experts)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        BiasBalancedMaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+
+
+def ernie4_5(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=6,
+    shared_d_ff=None,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of ERNIE 4.5: softmax scores, a bias, and a shared expert.
+
+    Args:
+        num_experts: int, the number of experts `e`; 64 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 6.
+        shared_d_ff: int, the size of the shared expert's inner layer. Defaults to
+            `None`, twice `d_ff`.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayerWithBackbone`, whose backbone is the shared expert.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.ernie4_5(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [Baidu, 2025](https://ernie.baidu.com/blog/publication/ERNIE_Technical_Report.pdf),
+        section 2.2.
+    """
+    router = _balanced_by_bias(
+        num_selected_experts, mechanism="softmax", normalization_epsilon=1e-12
+    )
+    name = kwargs.pop("name", None)
+    moe = _moe_layer(
+        num_experts,
+        d_ff,
+        BiasBalancedMaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+    return _with_shared_expert(moe, d_ff, shared_d_ff, 2, name)
+
+
+def gpt_oss(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=4,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of GPT-OSS: four experts with biases, and a clamped SwiGLU.
+
+    The combine weights are a softmax over the selected experts.
+
+    Args:
+        num_experts: int, the number of experts `e`; 32 or 128 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 4.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.gpt_oss(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [OpenAI, 2025](https://arxiv.org/abs/2508.10925), section 2.2.
+    """
+    router = {
+        "num_selected_experts": num_selected_experts,
+        "normalize_weights": True,
+        "use_bias": True,
+    }
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        {"activation": clamped_swiglu, "gated": True},
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        **kwargs,
+    )
+
+
+def llama4(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=1,
+    shared_d_ff=None,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of Llama 4: one expert per token, and a shared expert.
+
+    The combine weight, a sigmoid, multiplies the input of the expert.
+
+    Args:
+        num_experts: int, the number of experts `e`; 16 or 128 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 1.
+        shared_d_ff: int, the size of the shared expert's inner layer. Defaults to
+            `None`, `d_ff`.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayerWithBackbone`, whose backbone is the shared expert.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.llama4(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [Meta, 2025](https://ai.meta.com/blog/llama-4-multimodal-intelligence/).
+    """
+    router = _top_k(num_selected_experts, loss_at_k=0.001, normalize=False) | {
+        "mechanism": "sigmoid"
+    }
+    name = kwargs.pop("name", None)
+    moe = _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
+        router,
+        _SWIGLU,
+        router_kwargs,
+        experts_kwargs,
+        train_capacity_factor=train_capacity_factor,
+        eval_capacity_factor=eval_capacity_factor,
+        weighted_inputs=True,
+        **kwargs,
+    )
+    return _with_shared_expert(moe, d_ff, shared_d_ff, 1, name)
+
+
+def granite(
+    num_experts,
+    d_ff,
+    *,
+    num_selected_experts=8,
+    train_capacity_factor=None,
+    eval_capacity_factor=None,
+    router_kwargs=None,
+    experts_kwargs=None,
+    **kwargs,
+):
+    """Creates the layer of Granite 3.0: eight narrow SwiGLU experts per token.
+
+    The combine weights are a softmax over the selected experts.
+
+    Args:
+        num_experts: int, the number of experts `e`; 32 or 40 in the
+            released models.
+        d_ff: int, the size `f` of an expert's inner layer.
+        num_selected_experts: int, the experts per token. Defaults to 8.
+        train_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        eval_capacity_factor: see `MoeLayer`. Defaults to `None`, no capacity.
+        router_kwargs: dict of further arguments of the router. Defaults to `None`.
+        experts_kwargs: dict of further arguments of `FeedForwardExperts`. Defaults to
+            `None`.
+        **kwargs: further arguments of `MoeLayer`.
+
+    Returns:
+        A `MoeLayer`.
+
+    Example:
+
+    ```python
+    layer = keras_moe.presets.granite(num_experts=16, d_ff=32)
+    layer(np.ones((2, 32, 16))).shape  # (2, 32, 16)
+    ```
+
+    Reference:
+        [IBM, 2024](https://github.com/ibm-granite/granite-3.0-language-models).
+    """
+    router = _top_k(num_selected_experts, loss_at_k=0.001)
+    return _moe_layer(
+        num_experts,
+        d_ff,
+        MaskedRouter,
         router,
         _SWIGLU,
         router_kwargs,
@@ -499,6 +982,25 @@ def _top_k(k, loss_at_k, normalize=True):
         "normalize_weights": normalize,
         "load_balancing_loss_weight": loss_at_k * k,
     }
+
+
+def _balanced_by_bias(k, **router):
+    """Returns the arguments of a router with sigmoid scores and a bias."""
+    return {"num_selected_experts": k, "bias_update_rate": 0.001, **router}
+
+
+def _with_shared_expert(moe, d_ff, shared_d_ff, times, name, **kwargs):
+    """Adds a shared expert, by default so many times as wide as the others."""
+    if shared_d_ff is None:
+        shared_d_ff = times * checks.whole_number("d_ff", d_ff)
+    return MoeLayerWithBackbone(
+        moe,
+        checks.whole_number("shared_d_ff", shared_d_ff),
+        name=name,
+        dtype=moe.experts.dtype_policy,
+        **_SWIGLU,
+        **kwargs,
+    )
 
 
 def _moe_layer(

@@ -250,20 +250,25 @@ def select_experts(layer, indices, *, noise=0.0, seed=None):
             f"Received: {type(layer).__name__}."
         )
     _check_can_be_copied(layer.experts)
+    if layer.experts.num_identity_experts:
+        raise ValueError(
+            "`layer` must have no identity experts. Received: num_identity_experts="
+            f"{layer.experts.num_identity_experts}."
+        )
     indices = _indices(indices, layer)
     checks.number("noise", noise)
     config = layer.get_config()
     for part in ("experts", "router"):
         config[part]["config"]["num_experts"] = len(indices)
     selected = type(layer).from_config(config)
-    selected.build((None, None, layer.experts.output_layer.units))
+    selected.build(layer.built_shape)
     duplicate = [i in indices[:place] for place, i in enumerate(indices)]
     rng = np.random.default_rng(seed)
 
     def copy(weights, sources, axis):
         for weight, source in zip(weights, sources, strict=True):
-            if "/hidden_" in weight.path:  # A hidden layer of the gate has no experts.
-                weight.assign(source)
+            if "/hidden_" in weight.path or weight.name == "input_scale":
+                weight.assign(source)  # Of the gate's inputs, not of its experts.
                 continue
             values = np.take(source, indices, axis=axis)
             if weight.name == "kernel":
@@ -278,6 +283,10 @@ def select_experts(layer, indices, *, noise=0.0, seed=None):
         copy(dense.weights, _merged(source), axis=0)
     gates = [ops.convert_to_numpy(weight) for weight in layer.router.weights]
     copy(selected.router.weights, gates, axis=-1)
+    if layer.latent_dim is not None:
+        for name in ("latent_input", "latent_output"):
+            weights = getattr(layer, name).get_weights()
+            getattr(selected, name).set_weights(weights)
     return selected
 
 

@@ -6,6 +6,7 @@ from keras_moe import (
     BiasBalancedMaskedRouter,
     ExpertsChooseMaskedRouter,
     MaskedRouter,
+    SparseMixerRouter,
     Top2MaskedRouter,
 )
 
@@ -34,6 +35,19 @@ ROUTERS = {
         E, num_selected_experts=2, num_expert_groups=2, bias_update_rate=0.1
     ),
     "top 2": lambda: Top2MaskedRouter(E),
+    "options": lambda: MaskedRouter(
+        E,
+        num_selected_experts=2,
+        mechanism="sqrt_softplus",
+        normalize_weights=True,
+        normalization_epsilon=1e-6,
+        routed_scaling_factor=1.5,
+        use_expert_scale=True,
+        num_expert_groups=2,
+        group_score_experts=1,
+        input_norm_epsilon=1e-6,
+    ),
+    "sparse mixer": lambda: SparseMixerRouter(E, sparsity_threshold=2.0),
 }
 
 

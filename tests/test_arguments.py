@@ -38,6 +38,10 @@ def with_gate(gate):
     return keras.Model(inputs, inputs * keras.ops.max(probs, axis=-1, keepdims=True))
 
 
+def with_activation(activation):
+    return FeedForward(F, activation=activation, gated=True)
+
+
 def two_routers():
     routers = [keras_moe.Top2MaskedRouter(2, name=name) for name in ("outer", "inner")]
     return {
@@ -56,6 +60,8 @@ CASES = {
     keras_moe.ExpertsChooseMaskedRouter: (lambda: {"num_experts": E}, with_router),
     keras_moe.BiasBalancedMaskedRouter: (lambda: {"num_experts": E}, with_router),
     keras_moe.Top2MaskedRouter: (lambda: {"num_experts": E}, with_router),
+    keras_moe.SparseMixerRouter: (lambda: {"num_experts": E}, with_router),
+    keras_moe.activations.ClampedSwiGLU: (dict, with_activation),
     FeedForward: (lambda: SIZES, ITSELF),
     FeedForwardExperts: (lambda: {"num_experts": E, **SIZES}, with_experts),
     keras_moe.HeterogeneousExperts: (
@@ -76,8 +82,10 @@ CASES = {
         getattr(presets, name): (lambda n=n: {"num_experts": n, **SIZES}, ITSELF)
         for name, n in {
             **dict.fromkeys(("switch", "gshard", "mixtral", "expert_choice"), E),
-            **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe"), 8),
-            "deepseek_v3": 16,
+            **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"), 8),
+            **dict.fromkeys(("kimi_k2", "minimax_m2", "ernie4_5", "granite"), 8),
+            **dict.fromkeys(("gpt_oss", "llama4"), E),
+            **dict.fromkeys(("deepseek_v2", "deepseek_v3"), 16),
         }.items()
     },
 }

@@ -34,8 +34,10 @@ def test_every_layer(name):
     x, y = expected["x"], np.zeros((5, 6, 2), "float32")
     logs = model.evaluate(x, y, batch_size=5, verbose=0, return_dict=True)
     assert sorted(logs) == expected["log_names"].tolist()
-    values = [logs[name] for name in sorted(logs)]
-    np.testing.assert_allclose(values, expected["log_values"], rtol=1e-4, atol=1e-6)
+    for name, before in zip(sorted(logs), expected["log_values"], strict=True):
+        if before == 0 and name.endswith("load_balancing_loss"):
+            continue  # Of a router with a bias, which did not compute it then.
+        np.testing.assert_allclose(logs[name], before, rtol=1e-4, atol=1e-6)
     model.fit(x, y, verbose=0)
     assert model.optimizer.iterations == 3
 

@@ -1,5 +1,7 @@
 """The settings of the presets, training, and saving."""
 
+import inspect
+
 import keras
 import numpy as np
 import pytest
@@ -13,8 +15,10 @@ from keras_moe import (
     MoeLayer,
     MoeLayerWithBackbone,
     Top2MaskedRouter,
+    convert,
     presets,
 )
+from keras_moe.activations import clamped_swiglu
 
 E, H, F = 16, 6, 5
 
@@ -26,10 +30,69 @@ TABLE = {
     "qwen3_moe": (MaskedRouter, 8, (None, None), True, "silu"),
     "olmoe": (MaskedRouter, 8, (None, None), True, "silu"),
     "deepseek_v3": (BiasBalancedMaskedRouter, 8, (None, None), True, "silu"),
+    "minimax_m2": (BiasBalancedMaskedRouter, 8, (None, None), True, "silu"),
+    "granite": (MaskedRouter, 8, (None, None), True, "silu"),
     "expert_choice": (ExpertsChooseMaskedRouter, None, (2.0, 2.0), False, "gelu"),
+}
+# Of those with a shared expert: its size over `d_ff`, and the scaling of the weights.
+SHARED = {
+    "qwen2_moe": (4, 1.0),
+    "deepseek_v2": (2, 16.0),
+    "glm4_moe": (1, 1.0),
+    "kimi_k2": (1, 2.827),
+    "ernie4_5": (2, 1.0),
+    "llama4": (1, 1.0),
 }
 
 each_preset = pytest.mark.parametrize("name", TABLE)
+
+
+def test_every_preset_is_in_a_table():
+    found = {n for n, f in vars(presets).items() if inspect.isfunction(f)}
+    found = {n for n in found if n[0] != "_" and n not in ("clamped_swiglu",)}
+    assert found == {*TABLE, *SHARED, "gpt_oss"}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_presets_with_a_shared_expert(name):
+    layer = make(name, name="mine", dtype="mixed_bfloat16")
+    times, scaling = SHARED[name]
+    assert type(layer) is MoeLayerWithBackbone
+    assert layer.backbone_d_ff == times * F
+    assert layer.moe.router.routed_scaling_factor == scaling
+    assert layer.name == "mine"
+    parts = (layer, layer.moe, layer.moe.experts, layer.backbone)
+    assert {part.compute_dtype for part in parts} == {"bfloat16"}
+    assert make(name, shared_d_ff=3).backbone_d_ff == 3
+
+
+# The format of each preset, whose settings it must have.
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *((name, name) for name in ("mixtral", "switch", "qwen3_moe", "olmoe")),
+        *((name, name) for name in ("deepseek_v3", "deepseek_v2", "glm4_moe")),
+        *((name, name) for name in ("kimi_k2", "minimax_m2", "gpt_oss", "llama4")),
+        ("granite", "granitemoe"),
+        ("ernie4_5", "ernie4_5_moe"),
+    ],
+)
+def test_presets_fit_the_formats_of_their_models(name, format):
+    layer, other = make(name), make(name)
+    for built in (layer, other):
+        built.build((None, 12, H))
+    convert.load_weights(other, convert.to_tensors(layer, format), format)
+    x = np.random.default_rng(0).normal(size=(2, 12, H)).astype("float32")
+    np.testing.assert_array_equal(*map(ops.convert_to_numpy, (layer(x), other(x))))
+
+
+def test_the_experts_of_gpt_oss():
+    layer = make("gpt_oss")
+    assert layer.experts.activation is clamped_swiglu
+    assert layer.router.use_bias and layer.experts.use_bias
+    assert layer.router.normalize_weights
+    assert make("llama4").moe.weighted_inputs
+    assert make("deepseek_v2").moe.router.group_score_experts == 1
 
 
 def make(preset, **kwargs):

@@ -253,6 +253,33 @@ def test_the_state_of_the_router_is_selected_as_well(x):
     )
 
 
+def test_other_weights_of_a_layer_are_kept(x):
+    """Those of a normalized gate, of scaled experts, and of latent experts."""
+    layer = MoeLayer(
+        FeedForwardExperts(4, 5),
+        MaskedRouter(4, input_norm_epsilon=1e-6, use_expert_scale=True),
+        latent_dim=3,
+    )
+    layer.build(x.shape)
+    rng = np.random.default_rng(0)
+    for weight in layer.weights:
+        weight.assign(rng.normal(size=weight.shape))
+    reordered = select_experts(layer, [3, 1, 0, 2])
+    np.testing.assert_allclose(
+        numpy_call(reordered, x), numpy_call(layer, x), atol=1e-5
+    )
+    scale = ops.convert_to_numpy(layer.router.expert_scale)
+    found = ops.convert_to_numpy(reordered.router.expert_scale)
+    np.testing.assert_array_equal(found, scale[[3, 1, 0, 2]])
+
+
+def test_identity_experts_are_not_selected(x):
+    layer = MoeLayer(FeedForwardExperts(4, 5, num_identity_experts=1), MaskedRouter(4))
+    layer.build(x.shape)
+    with pytest.raises(ValueError, match="must have no identity experts"):
+        select_experts(layer, [0, 1])
+
+
 def test_experts_can_be_duplicated(x):
     """A duplicated expert has the kernel of the original, with noise if requested."""
     layer = make_moe()

@@ -90,7 +90,9 @@ CONFIGS = {
     "int4_channels": quantizers.Int4QuantizationConfig(block_size=None),
 }
 inputs, outputs = keras.Input((None, 8)), {}
-for name, adapters, factor in itertools.product(CONFIGS, (False, True), (2.0, None)):
+# Each config with adapters and without, once with a capacity and once dropless.
+for i, (name, adapters) in enumerate(itertools.product(CONFIGS, (False, True))):
+    factor = 2.0 if (i // 2 + adapters) % 2 else None
     moe = keras_moe.MoeLayer(
         keras_moe.FeedForwardExperts(4, 15, kernel_initializer="he_normal"),
         keras_moe.MaskedRouter(4, num_selected_experts=2),
@@ -123,7 +125,7 @@ for folder in folders:
     expected = dict(np.load(folder / "expected.npz"))
     model = keras.models.load_model(folder / "model.keras")
     found = model.predict(expected.pop("x"), verbose=0)
-    assert len(expected) == 24
+    assert len(expected) == 12
     for name, outputs in expected.items():
         error = np.abs(found[name] - outputs).max() / np.abs(outputs).max()
         print(f"{folder.name} on {keras.backend.backend()}, {name}: {error:.1e}")

@@ -67,6 +67,8 @@ CAUSAL = {
     "experts choose": False,
     "bias balanced": False,  # k = 2, and first choices have priority
     "top 2": False,
+    "options": False,
+    "sparse mixer": False,
 }
 
 
