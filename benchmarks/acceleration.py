@@ -1,9 +1,11 @@
 """Benchmark of `keras_moe.accelerate` on models of keras-hub.
 
     KERAS_BACKEND=jax python benchmarks/acceleration.py [--output docs/benchmarks]
+        [--models GptOss Gemma4]
 
 Measures small models with and without acceleration, with interleaved timing, and
-writes `<backend>_accelerated.json`.
+writes `<backend>_accelerated.json`. With `--models`, the results of the other models
+stay as they are in the file.
 """
 
 import argparse
@@ -55,6 +57,37 @@ MODELS = {
             "head_dim": 64,
         },
     ),
+    "Qwen3.5-MoE, 128 experts, k 8": (
+        "Qwen3_5Moe",
+        {
+            "num_experts": 128,
+            "top_k": 8,
+            "moe_intermediate_dim": 256,
+            "shared_expert_intermediate_size": 256,
+            "head_dim": 64,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 4,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+    ),
+    "GPT-OSS, 32 experts, k 4": (
+        "GptOss",
+        {"num_experts": 32, "top_k": 4, "intermediate_dim": 256},
+    ),
+    "Gemma 4, 128 experts, k 8": (
+        "Gemma4",
+        {
+            "enable_moe_block": True,
+            "num_experts": 128,
+            "num_experts_per_token": 8,
+            "expert_intermediate_dim": 256,
+            "intermediate_dim": 1024,
+            "head_dim": 64,
+            "image_size": 896,
+        },
+    ),
 }
 
 
@@ -66,9 +99,21 @@ def main():
         default="docs/benchmarks",
         help="the folder of the results",
     )
-    folder = parser.parse_args().output
-    results = {name: compare(*model) for name, model in MODELS.items()}
-    file = folder / f"{keras.backend.backend()}_accelerated.json"
+    kinds = [kind for kind, _ in MODELS.values()]
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=kinds,
+        default=kinds,
+        help="the models to measure",
+    )
+    arguments = parser.parse_args()
+    file = arguments.output / f"{keras.backend.backend()}_accelerated.json"
+    results = json.loads(file.read_text()) if file.exists() else {}
+    for name, (kind, sizes) in MODELS.items():
+        if kind in arguments.models:
+            results[name] = compare(kind, sizes)
+    results = {name: results[name] for name in MODELS if name in results}
     file.write_text(json.dumps(results, indent=1) + "\n")
     print(f"Wrote {file}.")
 
@@ -108,6 +153,10 @@ def build_model(kind, arguments):
     """Creates a language model with random weights, always with the same seed."""
     keras.utils.set_random_seed(0)
     backbone = getattr(keras_hub.models, f"{kind}Backbone")(**SMALL, **arguments)
+    for weight in backbone.weights:
+        if len(weight.shape) == 3 and not weight.numpy().any():
+            # The experts of Gemma 4, which keras-hub creates as zeros.
+            weight.assign(keras.random.normal(weight.shape, stddev=0.02))
     return getattr(keras_hub.models, f"{kind}CausalLM")(
         backbone=backbone, preprocessor=None
     )
@@ -121,6 +170,7 @@ class Subject:
         rng = np.random.default_rng(0)
         shape = (BATCH, LENGTH)
         self.tokens = rng.integers(1, 1000, size=shape).astype("int32")
+        self.positions = np.broadcast_to(np.arange(LENGTH, dtype="int32"), shape)
         self.full_mask = np.ones(shape, "int32")
         in_prompt = np.arange(LENGTH) < PROMPT
         self.prompt_mask = np.broadcast_to(in_prompt, shape).astype("int32")
@@ -138,7 +188,12 @@ class Subject:
         return self.model.generate(self._inputs(self.prompt_mask), stop_token_ids=None)
 
     def _inputs(self, mask):
-        return {"token_ids": self.tokens, "padding_mask": mask}
+        inputs = {
+            "token_ids": self.tokens,
+            "padding_mask": mask,
+            "position_ids": self.positions,
+        }
+        return {name: inputs[name] for name in self.model.input}
 
 
 if __name__ == "__main__":
