@@ -111,6 +111,10 @@ class ClampedSwiGLU:
     def __call__(self, gate, inner):
         return clamped_swiglu(gate, inner, self.limit, self.alpha, self.offset)
 
+    def __repr__(self):
+        values = ", ".join(f"{k}={v}" for k, v in self.get_config().items())
+        return f"{type(self).__name__}({values})"
+
     def __eq__(self, other):
         return type(other) is type(self) and other.get_config() == self.get_config()
 

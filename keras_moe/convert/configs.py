@@ -7,6 +7,7 @@ import pathlib
 
 import keras
 
+from keras_moe.activations import ClampedSwiGLU, clamped_swiglu
 from keras_moe.convert.families import (
     ALIASES,
     FAMILIES,
@@ -218,7 +219,7 @@ def check_settings(layer, model_type, config=None):
         for name, expected in _known_settings(model_type, part, config).items():
             value = getattr(found, name, expected)
             if name == "activation":
-                expected = _function(expected)
+                value, expected = _function(value), _function(expected)
             if value != expected:
                 problems.append(
                     f"`{name}` of the {part} is {_shown(value)} instead of "
@@ -246,6 +247,8 @@ def _known_settings(model_type, part, config):
 
 
 def _function(activation):
+    if activation is clamped_swiglu:
+        return ClampedSwiGLU()
     return keras.activations.get(activation)
 
 

@@ -158,6 +158,8 @@ def decoded(tensors, block_shape=None):
     result = dict(tensors)
     for name in tensors:
         base = name.removesuffix("_scale_inv")
+        if name.endswith(".scale"):  # The name in files of DeepSeek-V4.
+            base = f"{name.removesuffix('.scale')}.weight"
         if base != name and base in tensors:
             scale = result.pop(name)
             result[base] = BlockScaled(tensors[base], scale, block_shape or (128, 128))

@@ -232,19 +232,22 @@ def _router(k, normalize, mechanism="softmax", **others):
         "normalize_weights": normalize,
         "mechanism": mechanism,
         "use_bias": False,
+        "load_balancing_loss_weight": 0.0,
         **others,
     }
 
 
+def _balance_loss_weight(k):
+    """The weight of the balance loss: theirs is `k` for a balanced load."""
+    return lambda config: k(config) * config.read("router_aux_loss_coef", default=0.0)
+
+
 def _with_loss(jitter="router_jitter_noise", **router):
-    """A router with the losses of the config: theirs is `k` for a balanced load."""
-    k = router["num_selected_experts"]
-
-    def balance_loss_weight(config):
-        return k(config) * config.read("router_aux_loss_coef", default=0.0)
-
+    """A router with the losses of the config."""
     return router | {
-        "load_balancing_loss_weight": balance_loss_weight,
+        "load_balancing_loss_weight": _balance_loss_weight(
+            router["num_selected_experts"]
+        ),
         "router_z_loss_weight": Key("router_z_loss_coef", default=0.0),
         "jitter_noise": Key(jitter, default=0.0, change=lambda x: x or 0.0),
     }
@@ -784,6 +787,9 @@ FAMILIES = {
             ),
             "jitter_noise": Key("input_jitter_noise", default=0.0),
             "use_bias": False,
+            "load_balancing_loss_weight": _balance_loss_weight(
+                Key(*NUM_SELECTED, default=2)
+            ),
         },
         router_class=SparseMixerRouter,
     ),

@@ -129,7 +129,8 @@ class BaseFeedForward(AdaptableLayer):
 
         def compute(inputs):
             inner = intermediate(inputs)
-            return output(drop(self._activate(inner, gate and gate(inputs))))
+            opened = None if gate is None else gate(inputs)
+            return output(drop(self._activate(inner, opened)))
 
         if self.remat:
             compute = keras.remat(compute)

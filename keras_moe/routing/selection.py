@@ -67,7 +67,9 @@ def normalized(scores, epsilon=0.0):
     Returns:
         A tensor of the same shape.
     """
-    total = ops.sum(scores, axis=-1, keepdims=True) + epsilon
+    total = ops.sum(scores, axis=-1, keepdims=True)
+    if epsilon:
+        total = total + epsilon
     # The gradient divides by the square of the sum, which must not underflow to 0.
     # NaN stays NaN.
     least = ops.where(total == 0, 1.0, 1e-18)

@@ -541,6 +541,42 @@ def test_mxfp4_files(rng):
     )
 
 
+def test_scales_of_deepseek_v4():
+    """Their names end otherwise than those of other files."""
+    layer = of_family("deepseek_v4")
+    layer.build((None, 10, H))
+    tensors = to_tensors(layer, "deepseek_v4")
+    for name in [n for n in tensors if "experts" in n]:
+        tensors[name] = float8(tensors[name])
+        tensors[name.replace("weight", "scale")] = np.full((1, 1), 2, "float32")
+    load_weights(layer, tensors, "deepseek_v4")
+    found = to_tensors(layer, "deepseek_v4")
+    for name, array in found.items():
+        factor = 2 if "experts" in name else 1
+        expected = factor * tensors[name].astype("float32")
+        np.testing.assert_array_equal(array, expected)
+
+
+def test_one_activation_under_two_names():
+    layer = presets.gpt_oss(E, F, num_selected_experts=2)
+    layer.build((None, 10, H))
+    config = {**CONFIG, "model_type": "gpt_oss"}
+    tensors = to_tensors(layer, "gpt_oss", config=config)
+    load_weights(layer, tensors, "gpt_oss", config=config)
+    with pytest.raises(ValueError, match=r"instead of ClampedSwiGLU\(limit=3.0, "):
+        to_tensors(layer, "gpt_oss", config={**config, "swiglu_limit": 3.0})
+
+
+def test_losses_that_a_config_names():
+    """A config without one has none, whatever the default of the router."""
+    for name in OF_TRANSFORMERS:
+        layers = [of_family(name), of_family(name, router_aux_loss_coef=0.1)]
+        without, with_loss = (getattr(layer, "moe", layer).router for layer in layers)
+        assert without.load_balancing_loss_weight == 0
+        weights = (0, 0.1 * with_loss.num_selected_experts)
+        assert with_loss.load_balancing_loss_weight in weights
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("qweight", "GPTQ or AWQ"), ("weight_packed", "compressed-tensors")],

@@ -82,6 +82,27 @@ def test_weights(rng):
     )
 
 
+@pytest.mark.parametrize("factor", [2.0, None])
+def test_merging_in_a_model_that_has_been_called(factor, rng):
+    """Its compiled functions do not add the adapters a second time."""
+    moe = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(E, F),
+        keras_moe.MaskedRouter(E),
+        train_capacity_factor=factor,
+        eval_capacity_factor=factor,
+    )
+    model = keras.Sequential([keras.Input((6, H)), moe])
+    moe.enable_lora(2)
+    for dense in moe.experts.dense_layers:
+        dense.lora_kernel_b.assign(rng.normal(size=dense.lora_kernel_b.shape))
+    x = rng.normal(size=(2, 6, H)).astype("float32")
+    expected = model.predict(x, verbose=0)
+    moe.merge_lora()
+    found = model.predict(x, verbose=0)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * scale)
+
+
 def test_outputs_equal_those_of_merged_kernels(rng):
     """For slots of one group and of several, and for sorted rows."""
     experts = make_experts(rng)

@@ -9,7 +9,8 @@ from snippets import ROOT, run_examples
 
 
 @pytest.mark.parametrize(
-    ("page", "count"), [("converting.md", 4), ("migrating-from-tfm.md", 2)]
+    ("page", "count"),
+    [("converting.md", 5), ("pretrained.md", 10), ("migrating-from-tfm.md", 2)],
 )
 def test_examples_with_other_packages(page, count, tmp_path, monkeypatch):
     nlp = types.SimpleNamespace(layers=garden.load())
