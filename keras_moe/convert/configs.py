@@ -8,12 +8,8 @@ import pathlib
 import keras
 
 from keras_moe.activations import ClampedSwiGLU, clamped_swiglu
-from keras_moe.convert.families import (
-    ALIASES,
-    FAMILIES,
-    REQUIRED,
-    Activation,
-)
+from keras_moe.convert.families import ALIASES, FAMILIES
+from keras_moe.convert.settings import REQUIRED, Activation
 from keras_moe.experts import FeedForwardExperts
 from keras_moe.layers import MoeLayer, MoeLayerWithBackbone
 from keras_moe.utils import checks
