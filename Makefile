@@ -68,9 +68,9 @@ test-versions:
 	rm -rf $(venv)
 
 test-peers: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-test peers
-	$(bin)/python -m pytest --quiet tests/peers
-	KERAS_BACKEND=jax $(bin)/python -m pytest --quiet tests/peers/test_acceleration.py
-	KERAS_BACKEND=torch $(bin)/python -m pytest --quiet tests/peers/test_acceleration.py
+	$(pytest) tests/peers
+	KERAS_BACKEND=jax $(pytest) tests/peers/test_acceleration.py
+	KERAS_BACKEND=torch $(pytest) tests/peers/test_acceleration.py
 
 # Some without their many dependencies, of which their MoE layers use none.
 peers: $(venv)/with-torch $(venv)/with-peers

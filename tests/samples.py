@@ -46,6 +46,7 @@ ROUTERS = {
         num_expert_groups=2,
         group_score_experts=1,
         input_norm_epsilon=1e-6,
+        kernel_initializer="he_normal",
     ),
     "sparse mixer": lambda: SparseMixerRouter(E, sparsity_threshold=2.0),
 }

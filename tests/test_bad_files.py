@@ -72,7 +72,7 @@ WRONG = {
     dict: (True, 1, "x", [None], {}, {"class_name": "x"}),
 }
 # Right all the same, or read by Keras alone.
-RIGHT = ("trainable", "export_metrics", "dtype", "build_config")
+RIGHT = ("trainable", "export_metrics", "dtype", "build_config", "normalize_weights")
 
 
 def test_values_of_other_types(members, tmp_path):

@@ -151,8 +151,7 @@ class Gate(CompositeLayer):
 
     def _logits(self, x):
         if self.input_norm_epsilon is not None:
-            mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
-            x = x * ops.rsqrt(mean_square + self.input_norm_epsilon)
+            x = _rms_normalized(x, self.input_norm_epsilon)
             x = x * self.input_scale * x.shape[-1] ** -0.5
         for layer in self._hidden:
             x = layer(x)
@@ -237,6 +236,18 @@ class UnquantizedDense(keras.layers.Dense):
 
     def quantize(self, mode=None, type_check=True, config=None):
         pass
+
+
+def _rms_normalized(x, epsilon):
+    """Computes `x / sqrt(mean(x ** 2) + epsilon)` over the last axis.
+
+    `x` and the root are divided by the largest value, so that squares stay finite.
+    """
+    largest = ops.max(ops.abs(ops.stop_gradient(x)), axis=-1, keepdims=True)
+    largest = ops.maximum(largest, 1.0)
+    x = x / largest
+    mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
+    return x * ops.rsqrt(mean_square + epsilon / ops.square(largest))
 
 
 def _softmax(logits):

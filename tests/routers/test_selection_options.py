@@ -125,7 +125,7 @@ def test_the_root_of_the_softplus():
 def test_normalized_inputs_of_a_gate(rng):
     gate = Gate(3, input_norm_epsilon=1e-3)
     gate.build((None, None, 5))
-    x = rng.normal(size=(2, 4, 5)).astype("float32")
+    x = rng.normal(size=(2, 4, 5), scale=3).astype("float32")
     scale = rng.normal(size=5).astype("float32")
     gate.input_scale.assign(scale)
     rms = np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3)
