@@ -125,7 +125,8 @@ def _merge_adapters(layer, merged):
     """Removes the adapters of a dense layer, whose merged variables are given."""
     merged = {key: ops.convert_to_numpy(value) for key, value in merged.items()}
     # Functions that are compiled still add the adapters.
-    layer.lora_kernel_b.assign(ops.zeros_like(layer.lora_kernel_b))
+    b = layer.lora_kernel_b
+    b.assign(ops.zeros(b.shape, dtype=b.dtype))
     for name in ADAPTERS:
         delattr(layer, name)
     layer.lora_enabled, layer.lora_rank, layer.lora_alpha = False, None, None
