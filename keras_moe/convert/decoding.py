@@ -95,7 +95,9 @@ class BlockScaled(Compressed):
 
     @property
     def problem(self):
-        """What is wrong with the scales, or `None`."""
+        """What is wrong with the values or the scales, or `None`."""
+        if dtype_name(self.weight) not in FLOAT8:
+            return f"has a scale, but not float8 values: {dtype_name(self.weight)}"
         pairs = zip(self.shape[-2:], self.block_shape, strict=True)
         blocks = tuple(math.ceil(n / size) for n, size in pairs)
         expected = (*self.shape[:-2], *blocks)
@@ -126,6 +128,9 @@ class MicroScaled(Compressed):
     @property
     def problem(self):
         """What is wrong with the blocks, or `None`."""
+        names = {dtype_name(self.blocks), dtype_name(self.scales)}
+        if names != {"uint8"}:
+            return f"has blocks and scales of {sorted(names)} instead of uint8"
         expected = (*self.scales.shape, 16)
         if tuple(self.blocks.shape) != expected:
             return (

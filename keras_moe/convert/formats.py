@@ -163,6 +163,19 @@ def linear(name, *paths, **options):
     return TensorSpec(name, paths, transposed=True, **options)
 
 
+def gpt_oss_experts(prefix):
+    """The experts of GPT-OSS, whose tensors two packages have."""
+    both, biases = (GATE, INNER), (GATE_BIAS, INNER_BIAS)
+    return [
+        TensorSpec(f"{prefix}gate_up_proj", both, interleaved=True),
+        TensorSpec(
+            f"{prefix}gate_up_proj_bias", biases, interleaved=True, dropped=(1,)
+        ),
+        TensorSpec(f"{prefix}down_proj", (OUTPUT,)),
+        TensorSpec(f"{prefix}down_proj_bias", (OUTPUT_BIAS,), dropped=(1,)),
+    ]
+
+
 def _of_keras_hub(*experts, shared=False):
     hub = [
         TensorSpec("sparse_feedforward_gate_dense/kernel", (ROUTER,)),
@@ -195,15 +208,7 @@ _OF_HUB_QWEN3_5 = [
 _OF_HUB_GPT_OSS = [
     TensorSpec("router/router_dense/kernel", (ROUTER,)),
     TensorSpec("router/router_dense/bias", (ROUTER_BIAS,)),
-    TensorSpec("experts/gate_up_proj", (GATE, INNER), interleaved=True),
-    TensorSpec(
-        "experts/gate_up_proj_bias",
-        (GATE_BIAS, INNER_BIAS),
-        interleaved=True,
-        dropped=(1,),
-    ),
-    TensorSpec("experts/down_proj", (OUTPUT,)),
-    TensorSpec("experts/down_proj_bias", (OUTPUT_BIAS,), dropped=(1,)),
+    *gpt_oss_experts("experts/"),
 ]
 _OF_HUB_GEMMA4 = [
     TensorSpec("moe_router/proj/kernel", (ROUTER,)),

@@ -6,7 +6,6 @@ from keras_moe.convert.formats import (
     EXPERT,
     EXPERT_BIAS,
     GATE,
-    GATE_BIAS,
     INNER,
     INNER_BIAS,
     OUTPUT,
@@ -17,6 +16,7 @@ from keras_moe.convert.formats import (
     SHARED_INNER,
     SHARED_OUTPUT,
     TensorSpec,
+    gpt_oss_experts,
     linear,
 )
 
@@ -97,17 +97,7 @@ TRANSPOSED = [
     TensorSpec("experts.gate_up_proj", (GATE, INNER)),
     TensorSpec("experts.down_proj", (OUTPUT,)),
 ]
-GPT_OSS = [
-    TensorSpec("experts.gate_up_proj", (GATE, INNER), interleaved=True),
-    TensorSpec("experts.down_proj", (OUTPUT,)),
-    TensorSpec(
-        "experts.gate_up_proj_bias",
-        (GATE_BIAS, INNER_BIAS),
-        interleaved=True,
-        dropped=(1,),
-    ),
-    TensorSpec("experts.down_proj_bias", (OUTPUT_BIAS,), dropped=(1,)),
-]
+GPT_OSS = gpt_oss_experts("experts.")
 DBRX = [
     linear("experts.mlp.w1", GATE, merged=True),
     linear("experts.mlp.v1", INNER, merged=True),

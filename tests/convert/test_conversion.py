@@ -507,6 +507,21 @@ def write_safetensors(path, arrays):
     path.write_bytes(len(header).to_bytes(8, "little") + header + data)
 
 
+def test_scales_beside_other_values():
+    """Packed integers with a scale are not read as numbers."""
+    layer = of_family("deepseek_v4")
+    layer.build((None, 10, H))
+    tensors = to_tensors(layer, "deepseek_v4")
+    name = "experts.0.w1.weight"
+    tensors[name] = tensors[name].astype("int8")
+    tensors["experts.0.w1.scale"] = np.ones((1, 1), "float32")
+    without_changes(
+        lambda layer: load_weights(layer, tensors, "deepseek_v4"),
+        "experts.0.w1.weight has a scale, but not float8 values: int8",
+        layer=layer,
+    )
+
+
 def test_decoded_tables():
     weight = float8(np.array([[1, 2, 3], [4, 5, 6]], "float32"))
     scale = np.array([[0.5, 2.0]], "float32")
