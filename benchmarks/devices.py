@@ -41,6 +41,16 @@ KINDS = {
     "tokens choose": (*TOP_K, float(K)),
     "dropless": (*TOP_K, None),
     "experts choose": (keras_moe.ExpertsChooseMaskedRouter, {}, float(K)),
+    "bias and batch balanced": (
+        keras_moe.BiasBalancedMaskedRouter,
+        {
+            "num_selected_experts": K,
+            "bias_update_rate": 0.01,
+            "load_balancing_loss_weight": 0.1,
+            "balance_scope": "batch",
+        },
+        float(K),
+    ),
 }
 MESHES = ["1x2", "2x1", "1x4", "2x2", "4x1", "1x8", "2x4", "4x2", "8x1", "2", "4", "8"]
 COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"

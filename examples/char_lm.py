@@ -140,7 +140,7 @@ def moe_layer(name):
             EXPERTS,
             num_selected_experts=EXPERTS_PER_TOKEN,
             normalize_weights=True,
-            # One of six metrics, since those of three layers flood the progress bar.
+            # One of seven metrics, since those of three layers flood the progress bar.
             export_metrics=("expert_usage",),
         ),
         train_capacity_factor=None,  # dropless

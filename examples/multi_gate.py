@@ -12,7 +12,6 @@ import argparse
 
 import keras
 import numpy as np
-from keras import ops
 
 import keras_moe
 
@@ -100,14 +99,8 @@ def shared_bottom():
 def multi_gate():
     columns = keras.Input((COLUMNS,))
     x = keras.layers.Dense(WIDTH)(columns)
-    # Every expert processes every row: `[1, e, batch, h]`.
-    rows = ops.repeat(ops.expand_dims(x, (0, 1)), EXPERTS, axis=1)
     experts = keras_moe.HeterogeneousExperts([expert() for _ in range(EXPERTS)])
-    results = experts(rows)
-    mixtures = []
-    for task in range(2):
-        gate = keras_moe.Gate(EXPERTS, name=f"gate_{task}")
-        mixtures.append(ops.einsum("be,gebh->bh", gate(columns), results))
+    mixtures = keras_moe.MultiGateMoeLayer(experts, num_tasks=2)(x)
     return keras.Model(columns, towers(mixtures))
 
 

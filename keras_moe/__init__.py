@@ -27,6 +27,7 @@ from keras_moe.layers import (
     HierarchicalMoeLayer,
     MoeLayer,
     MoeLayerWithBackbone,
+    MultiGateMoeLayer,
     SoftMoeLayer,
 )
 from keras_moe.metrics import LayerMetrics
@@ -36,10 +37,12 @@ from keras_moe.routers import (
     ExpertsChooseMaskedRouter,
     Gate,
     MaskedRouter,
+    RoundRobinRouter,
     Router,
     SparseMixerRouter,
     TokensChooseRouter,
     Top2MaskedRouter,
+    TopPMaskedRouter,
 )
 from keras_moe.routing import RouterMask, Rows, Slots
 from keras_moe.upcycling import (
@@ -63,6 +66,8 @@ __all__ = [
     "MaskedRouter",
     "MoeLayer",
     "MoeLayerWithBackbone",
+    "MultiGateMoeLayer",
+    "RoundRobinRouter",
     "Router",
     "RouterMask",
     "Rows",
@@ -71,6 +76,7 @@ __all__ = [
     "SparseMixerRouter",
     "TokensChooseRouter",
     "Top2MaskedRouter",
+    "TopPMaskedRouter",
     "accelerate",
     "activations",
     "callbacks",

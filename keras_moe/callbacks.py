@@ -1,12 +1,14 @@
 """Callbacks: routing statistics of each expert during training."""
 
 import csv
+import time
 import warnings
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_moe.routers import Router
+from keras_moe.routers import BiasBalancedMaskedRouter, Router
 from keras_moe.utils import checks
 from keras_moe.utils.traversal import find_layers
 
@@ -29,6 +31,8 @@ class RoutingMonitor(keras.callbacks.Callback):
       whole epoch is below `dead_below` or above `overloaded_above`, relative to the
       mean load.
     - `load_entropy`: the entropy of the load over that of a balanced load, at most 1.
+    - `experts_per_token`: the mean number of experts that a token selects, before any
+      is dropped; where experts choose, the mean number that select it.
     - `left_behind`: the fraction of tokens that are dropped, without any expert.
     - `z_loss`: the unweighted router z-loss.
 
@@ -46,12 +50,16 @@ class RoutingMonitor(keras.callbacks.Callback):
             all tokens select the same `k` experts. Defaults to 0.1.
         dropped_above: float. Warns once per layer and phase if `left_behind` is above.
             Defaults to 0.1.
+        log_dir: string or path of a folder for TensorBoard, to which the histograms
+            `expert_load` and `expert_bias` of each layer are written after each epoch.
+            Needs tensorboard. Defaults to `None`, no histograms.
 
     Attributes:
         history: list of dicts, one per record and router. The keys: `layer`; `phase`,
             `"train"`, `"validation"` or `"test"`; `epoch`; `batch`, `None` for the
             record of an epoch; `step`, the number of training batches so far; the
-            values above; and `load`, numpy `[e]`, 1 in sum.
+            values above; `load`, numpy `[e]`, 1 in sum; and of a
+        `BiasBalancedMaskedRouter` `bias`, numpy `[e]`.
 
     Raises:
         ValueError: if an argument is out of range; in training, if the model has no
@@ -80,6 +88,7 @@ class RoutingMonitor(keras.callbacks.Callback):
         overloaded_above=2.0,
         collapsed_below=0.1,
         dropped_above=0.1,
+        log_dir=None,
     ):
         super().__init__()
         self.every = None if every is None else checks.whole_number("every", every)
@@ -87,6 +96,7 @@ class RoutingMonitor(keras.callbacks.Callback):
         self.overloaded_above = checks.number("overloaded_above", overloaded_above)
         self.collapsed_below = checks.number("collapsed_below", collapsed_below)
         self.dropped_above = checks.number("dropped_above", dropped_above)
+        self._histograms = None if log_dir is None else _Histograms(log_dir)
         self.history = []
         self._epoch = None
         self._step = 0
@@ -137,6 +147,8 @@ class RoutingMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._epoch = None
+        if self._histograms:
+            self._histograms.flush()
 
     # Called by users
 
@@ -144,18 +156,19 @@ class RoutingMonitor(keras.callbacks.Callback):
         """Writes the history as a CSV file, one row per record.
 
         The columns are the keys of a record, and `load_0`, `load_1`, ... for the load
-        of each expert.
+        of each expert; with biases, also `bias_0`, `bias_1`, ....
 
         Args:
             path: string or path of the file.
         """
-        experts = max((len(record["load"]) for record in self.history), default=0)
-        names = [name for name in (self.history or [{}])[0] if name != "load"]
+        rows = [_flat(record) for record in self.history]
+        columns = list(dict.fromkeys(name for row in rows for name in row))
+        # The numbers of each expert come last.
+        columns.sort(key=lambda name: name.startswith(("load_", "bias_")))
         with open(path, "w", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(names + [f"load_{i}" for i in range(experts)])
-            for record in self.history:
-                table.writerow([record[name] for name in names] + list(record["load"]))
+            table = csv.DictWriter(file, columns)
+            table.writeheader()
+            table.writerows(rows)
 
     def plot(self, phase="train"):
         """Draws the load of each layer's experts over time, and in the last record.
@@ -213,6 +226,9 @@ class RoutingMonitor(keras.callbacks.Callback):
             if since is not None:
                 sums = {name: x - since[i][name] for name, x in sums.items()}
             figures = self._figures(sums)
+            bias = getattr(router, "expert_bias", None)
+            if bias is not None:
+                figures["bias"] = np.array(ops.convert_to_numpy(bias))
             layer = router.metrics_prefix
             position = {
                 "layer": layer,
@@ -224,7 +240,9 @@ class RoutingMonitor(keras.callbacks.Callback):
             self.history.append({**position, **figures})
             self._warn_if_collapsed(layer, router, figures["load"])
             self._warn_if_dropped(layer, phase, figures["left_behind"])
-            del figures["load"]
+            experts = {n: figures.pop(n) for n in ("load", "bias") if n in figures}
+            if self._histograms and batch is None:
+                self._histograms.add(f"{layer}/{phase}", experts, self._step)
             result |= {f"{layer}/{name}": float(x) for name, x in figures.items()}
         return result
 
@@ -237,6 +255,7 @@ class RoutingMonitor(keras.callbacks.Callback):
             "min_load": relative.min(),
             "dead_experts": int(np.sum(relative < self.dead_below)),
             "overloaded_experts": int(np.sum(relative > self.overloaded_above)),
+            "experts_per_token": sums["selected"] / tokens,
             "load_entropy": _entropy(load) / max(np.log(experts), 1e-9),
             "left_behind": sums["left_behind"] / tokens,
             "z_loss": sums["z_loss"] / tokens,
@@ -274,6 +293,104 @@ class RoutingMonitor(keras.callbacks.Callback):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, stacklevel=2)
+
+
+class BiasUpdateRateScheduler(keras.callbacks.Callback):
+    """Sets `bias_update_rate` of each `BiasBalancedMaskedRouter` while training.
+
+    Args:
+        schedule: function of the number of training batches so far (`iterations` of the
+            optimizer), which returns the rate, such as a
+            `keras.optimizers.schedules.LearningRateSchedule`.
+
+    Raises:
+        ValueError: in training, if the model has no such router.
+        TypeError: if `schedule` is not callable.
+
+    Example:
+
+    ```python
+    # The rate of DeepSeek-V3, which is 0 at the end of training.
+    scheduler = keras_moe.callbacks.BiasUpdateRateScheduler(
+        lambda step: 0.001 if step < 10_000 else 0.0
+    )
+    ```
+
+    Reference:
+        [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 4.2.
+    """
+
+    def __init__(self, schedule):
+        super().__init__()
+        if not callable(schedule):
+            raise TypeError(
+                f"`schedule` must be a function. Received: schedule={schedule!r}."
+            )
+        self.schedule = schedule
+        self._step = 0
+        self._rate = None
+
+    def on_train_begin(self, logs=None):
+        self._step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
+        self._rate = None
+
+    def on_train_batch_begin(self, batch, logs=None):
+        rate = float(ops.convert_to_numpy(self.schedule(self._step)))
+        self._step += 1
+        if rate == self._rate:
+            return
+        self._rate = rate
+        # On JAX, `self.model` copies the state of the training step into the variables.
+        routers = find_layers(self.model, BiasBalancedMaskedRouter)
+        if not routers:
+            raise ValueError("The model has no `BiasBalancedMaskedRouter`.")
+        for router in routers:
+            router.bias_update_rate = rate
+
+
+class _Histograms:
+    """Histograms of values per expert in a folder of TensorBoard.
+
+    Args:
+        log_dir: string or path.
+    """
+
+    def __init__(self, log_dir):
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._writer = EventFileWriter(str(log_dir))
+
+    def add(self, layer, values, step):
+        """Adds a histogram of each value.
+
+        Args:
+            layer: string, the beginning of the names.
+            values: dict of names to numpy `[e]`.
+            step: int.
+        """
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.plugins.histogram.summary_v2 import histogram_pb
+
+        for name, value in values.items():
+            summary = histogram_pb(f"{layer}/expert_{name}", value)
+            self._writer.add_event(
+                Event(wall_time=time.time(), step=step, summary=summary)
+            )
+
+    def flush(self):
+        """Writes what has been added."""
+        self._writer.flush()
+
+
+def _flat(record):
+    """Returns a record with one value for each expert, instead of arrays."""
+    row = {}
+    for name, value in record.items():
+        if isinstance(value, np.ndarray):
+            row |= {f"{name}_{i}": x for i, x in enumerate(value)}
+        else:
+            row[name] = value
+    return row
 
 
 def _entropy(load):

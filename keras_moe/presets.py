@@ -265,6 +265,8 @@ def qwen3_moe(
 ):
     """Creates the layer of Qwen3-MoE: eight narrow SwiGLU experts per token, dropless.
 
+    The balance loss is that of the whole batch.
+
     Args:
         num_experts: int, the number of experts `e`; 128 in the released
             models.
@@ -291,6 +293,7 @@ def qwen3_moe(
         [Qwen Team, 2025](https://arxiv.org/abs/2505.09388), section 2.
     """
     router = _top_k(num_selected_experts, loss_at_k=0.001)
+    router["balance_scope"] = "batch"
     return _moe_layer(
         num_experts,
         d_ff,

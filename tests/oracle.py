@@ -188,6 +188,12 @@ def balance_loss(groups):
     return loss / max(tokens, 1)
 
 
+def max_load(groups):
+    """Mean over the groups with a token of the largest load over the mean load."""
+    found = [len(n) * n.max() / n.sum() for _, _, n in groups if n.sum()]
+    return float(np.mean(found)) if found else 0.0
+
+
 def moe(x, weights, *, factor, examples_per_group=1.0, mask=None, k=None, **options):
     """A whole MoE layer.
 
@@ -239,4 +245,5 @@ def moe(x, weights, *, factor, examples_per_group=1.0, mask=None, k=None, **opti
         "fraction_tokens_left_behind": (len(squares) - routed) / tokens,
         "router_confidence": confidence / max(filled, 1),
         "expert_usage": filled / slot_count,
+        "max_load": max_load(groups_seen),
     }

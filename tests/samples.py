@@ -6,8 +6,10 @@ from keras_moe import (
     BiasBalancedMaskedRouter,
     ExpertsChooseMaskedRouter,
     MaskedRouter,
+    RoundRobinRouter,
     SparseMixerRouter,
     Top2MaskedRouter,
+    TopPMaskedRouter,
 )
 
 E, H, F = 4, 6, 10
@@ -47,6 +49,17 @@ ROUTERS = {
         group_score_experts=1,
         input_norm_epsilon=1e-6,
         kernel_initializer="he_normal",
+    ),
+    "batch scope": lambda: MaskedRouter(
+        E,
+        num_selected_experts=2,
+        priority="random",
+        noise_std="learned",
+        balance_scope="batch",
+    ),
+    "round robin": lambda: RoundRobinRouter(E, num_selected_experts=2),
+    "top p": lambda: TopPMaskedRouter(
+        E, threshold=0.5, normalize_weights=True, entropy_loss_weight=0.1
     ),
     "sparse mixer": lambda: SparseMixerRouter(E, sparsity_threshold=2.0),
 }

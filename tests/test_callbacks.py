@@ -8,6 +8,7 @@ from keras import ops
 from layer_check import Subclassed, functional
 
 from keras_moe import (
+    BiasBalancedMaskedRouter,
     FeedForwardExperts,
     HierarchicalMoeLayer,
     MaskedRouter,
@@ -206,6 +207,47 @@ def test_to_csv(x, tmp_path):
     assert [row["epoch"] for row in rows] == ["0", "1"]
     found = [float(rows[1][f"load_{i}"]) for i in range(E)]
     np.testing.assert_allclose(found, monitor.history[1]["load"], rtol=1e-6)
+
+
+def test_biases_and_histograms(x, tmp_path):
+    """Of two layers, of which one has a bias."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    router = BiasBalancedMaskedRouter(E, num_selected_experts=2, bias_update_rate=0.01)
+    biased = MoeLayer(
+        FeedForwardExperts(E, F),
+        router,
+        train_capacity_factor=None,
+        eval_capacity_factor=None,
+        name="biased",
+    )
+    inputs = keras.Input((T, H))
+    model = keras.Model(inputs, make_moe("plain")(biased(inputs)))
+    model.compile("sgd", "mse")
+    monitor = RoutingMonitor(log_dir=tmp_path / "board")
+    logs = model.fit(
+        x, x, epochs=2, validation_data=(x, x), callbacks=[monitor], verbose=0
+    ).history
+    assert logs["biased/experts_per_token"] == pytest.approx([2, 2])
+    assert logs["plain/experts_per_token"] == pytest.approx([1, 1])
+    record, plain = monitor.history[-2:]
+    assert "bias" not in plain
+    np.testing.assert_array_equal(record["bias"], np.copy(router.expert_bias))
+    monitor.to_csv(tmp_path / "routing.csv")
+    with open(tmp_path / "routing.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert rows[-1]["bias_0"] == ""
+    assert float(rows[-2]["bias_3"]) == pytest.approx(float(record["bias"][3]))
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    names = {
+        "biased/train/expert_bias",
+        "biased/train/expert_load",
+        "plain/train/expert_load",
+    }
+    names |= {name.replace("train", "validation") for name in names}
+    assert set(board.Tags()["tensors"]) == names
+    steps = [event.step for event in board.Tensors("plain/train/expert_load")]
+    assert steps == [1, 2]
 
 
 def test_models_without_routers_to_monitor(x):

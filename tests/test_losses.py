@@ -1,9 +1,17 @@
+import math
+
 import numpy as np
 import pytest
 from gradients import gradients
 from keras import ops
 
-from keras_moe.losses import importance_loss, load_balancing_loss, router_z_loss
+from keras_moe.losses import (
+    importance_loss,
+    load_balancing_loss,
+    load_loss,
+    router_entropy_loss,
+    router_z_loss,
+)
 
 
 def balance(probs, load, **kwargs):
@@ -78,3 +86,47 @@ def test_importance_loss():
     assert loss(np.zeros((2, 3, 4))) == 0
     # Importances 3 and 1: mean 2, variance 1.
     assert loss([[[1, 0], [1, 0], [1, 0], [0, 1]]]) == pytest.approx(1 / 4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_load_loss_by_loops(k, rng):
+    logits = rng.normal(size=(2, 5, 4)).astype("float32")
+    std = rng.uniform(0.5, 2, size=(2, 5, 4)).astype("float32")
+    noisy = logits + std * rng.normal(size=(2, 5, 4)).astype("float32")
+    mask = rng.random((2, 5)) < 0.7
+    loads = np.zeros(4)
+    for g, t in np.argwhere(mask):
+        for i in range(4):
+            others = sorted(np.delete(noisy[g, t], i), reverse=True)
+            normal = (logits[g, t, i] - others[k - 1]) / std[g, t, i]
+            loads[i] += 0.5 * (1 + math.erf(normal / math.sqrt(2)))
+    expected = loads.var() / loads.mean() ** 2
+    logits, noisy, std = map(ops.convert_to_tensor, (logits, noisy, std))
+    found = load_loss(logits, noisy, std, k, mask=mask)
+    assert float(found) == pytest.approx(expected, rel=1e-4)
+    assert float(load_loss(logits, noisy, std, k, mask=mask & False)) == 0
+
+
+def test_the_load_loss_is_0_at_balance_and_has_a_gradient():
+    equal = np.zeros((1, 4, 4), "float32")
+    noisy = np.array([np.roll([3.0, 2, 1, 0], i) for i in range(4)], "float32")[None]
+    noisy = ops.convert_to_tensor(noisy)
+    found = load_loss(ops.convert_to_tensor(equal), noisy, 1.0, 2)
+    assert float(found) == pytest.approx(0, abs=1e-6)
+    larger = equal + np.array([0.5, 0, 0, 0], "float32")
+    (slope,) = gradients(lambda x: load_loss(x, noisy, 1.0, 2), larger)
+    # A larger logit of the first expert makes the load less equal.
+    assert (slope[..., 0] > 0).all()
+    with pytest.raises(ValueError, match="num_selected_experts"):
+        load_loss(equal, noisy, 1.0, 4)
+
+
+def test_the_entropy_loss():
+    def loss(probs):
+        return float(
+            router_entropy_loss(ops.convert_to_tensor(np.array(probs, "float32")))
+        )
+
+    assert loss([[[0.25] * 4, [1, 0, 0, 0]]]) == pytest.approx(np.log(4) / 2)
+    assert loss([[[0.25] * 4, [0, 0, 0, 0]]]) == pytest.approx(np.log(4))
+    assert loss(np.zeros((1, 2, 4))) == 0

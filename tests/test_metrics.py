@@ -25,7 +25,7 @@ def test_routing_statistics_of_a_table():
         probs=np.zeros((1, 5, 3), "float32"),
         load=np.zeros((1, 3), "float32"),
     )
-    slots = Slots(*(ops.convert_to_tensor(part) for part in slots))
+    slots = Slots(*(ops.convert_to_tensor(part) for part in slots[:4]))
     for routing in (slots, RouterMask(slots.dispatch_mask, slots.combine_array)):
         statistics = routing_statistics(routing, ops.convert_to_tensor(4.0))
         values = {name: float(value) for name, value in statistics.items()}
@@ -228,7 +228,7 @@ def test_each_metric_is_listed_once():
     model = keras.Model(inputs, x)
     model.compile("sgd", "mse", metrics=["mae"])
     x = np.ones((2, 8, 4))
-    assert len(model.evaluate(x, x, verbose=0)) == 2 + 3 * 6
+    assert len(model.evaluate(x, x, verbose=0)) == 2 + 3 * 7
     names = [metric.name for metric in model.metrics]
     assert len(set(names)) == len(names)
 

@@ -40,6 +40,7 @@ loss_is_reachable = _kernels.loss_is_reachable
 num_row_shards = _kernels.num_row_shards
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
+sum_over_replicas = _kernels.sum_over_replicas
 
 
 def clip_size(size, low, high):

@@ -17,6 +17,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     assign_parts,
     current_scope,
     split_rows,
+    sum_over_replicas,
 )
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the

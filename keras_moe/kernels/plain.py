@@ -191,6 +191,18 @@ def split_rows(rows, group_sizes):
     return [rows[start:end] for start, end in itertools.pairwise(ends)]
 
 
+def sum_over_replicas(x):
+    """Sums a tensor over the replicas of a training step, without a gradient.
+
+    Replicas are those of `tf.distribute`, and the processes of `torch.distributed`. A
+    step on JAX has the data of all devices at once.
+
+    Args:
+        x: float tensor. Every replica must sum tensors in the same order.
+    """
+    return ops.stop_gradient(x)
+
+
 def current_scope():
     """Returns the `keras.StatelessScope` of the running step, or `None`."""
     with keras.StatelessScope(initialize_variables=False) as probe:

@@ -24,24 +24,27 @@ class OwnedVariable(keras.Variable):
         owner: the layer.
         name: string.
         shape: tuple.
+        value: float, the initial value of all elements. Defaults to 0.
+        per_replica: bool, whether replicas have values of their own, whose sum is
+            read. Defaults to `True`.
     """
 
-    def __init__(self, owner, name, shape):
+    def __init__(self, owner, name, shape, value=0.0, per_replica=True):
         self._passes = ForwardPasses()
         self._owner_path = lambda: owner.path or owner.name
         super().__init__(
             # An initializer instead of an array, so that a layer can be created while
             # another is built symbolically.
-            initializer="zeros",
+            initializer=keras.initializers.Constant(value),
             shape=shape,
             dtype="float32",
             trainable=False,
             # bfloat16 cannot count beyond 256.
             autocast=False,
-            aggregation="sum",
-            # With other values a replica waits here for the others, and discards losses
-            # that were already added.
-            synchronization="on_read",
+            # With other values, a replica that changes it waits for the others, and
+            # discards losses that were already added.
+            aggregation="sum" if per_replica else "none",
+            synchronization="on_read" if per_replica else "auto",
             name=name,
         )
 

@@ -1,6 +1,7 @@
 """The kernels for TensorFlow."""
 
 import collections
+import itertools
 import re
 import weakref
 
@@ -16,6 +17,11 @@ from keras_moe.kernels.plain import (  # noqa: F401
     flat_index,
     num_row_shards,
 )
+
+# Keys of the collectives of this package; those of TensorFlow itself begin at 1.
+FIRST_COLLECTIVE = 1_700_000_000
+_groups = weakref.WeakKeyDictionary()  # The key of each strategy.
+_collectives = collections.defaultdict(itertools.count)  # Of each replica.
 
 # The graphs of loops and branches inside a layer, whose name scope precedes this.
 INNER_GRAPH = re.compile(r".+_(while_body|cond_true|cond_false)_\d+$")
@@ -58,6 +64,32 @@ def _scatter_add(rows, index, num_rows):
 
     # Negative indices are dropped.
     return tf.math.unsorted_segment_sum(rows, index, num_rows), gradient
+
+
+def sum_over_replicas(x):
+    x = tf.stop_gradient(x)
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return x
+    if tf.executing_eagerly():
+        raise ValueError(
+            "Sums over the replicas of a strategy need a compiled step. "
+            "Received: `run_eagerly=True`."
+        )
+    # `ReplicaContext.all_reduce` lets the other replicas begin their step, and Keras
+    # then discards the losses that layers of this one have added.
+    group = _groups.setdefault(context.strategy, len(_groups))
+    replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    # `CollectiveReduceV2` waits forever on CPUs (TensorFlow 2.21).
+    return tf.raw_ops.CollectiveReduce(
+        input=x,
+        group_size=context.num_replicas_in_sync,
+        group_key=FIRST_COLLECTIVE + group,
+        instance_key=FIRST_COLLECTIVE + next(_collectives[group, replica]),
+        merge_op="Add",
+        final_op="Id",
+        subdiv_offsets=[0],
+    )
 
 
 def split_rows(rows, group_sizes):

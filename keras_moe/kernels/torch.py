@@ -54,6 +54,17 @@ def scatter_add_rows(rows, index, num_rows):
     return sums[1:].reshape(groups, num_rows, *width)
 
 
+def sum_over_replicas(x):
+    distributed = torch.distributed
+    x = x.detach()
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    if x.device.type != "meta":  # Shape inference.
+        x = x.clone()
+        distributed.all_reduce(x)
+    return x
+
+
 def split_rows(rows, group_sizes):
     if rows.device.type == "meta":  # Shape inference.
         return [rows, *(rows[:0] for _ in group_sizes)]

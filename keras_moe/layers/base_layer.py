@@ -50,6 +50,8 @@ class BaseMoeLayer(AdaptableLayer):
     experts_per_token = None
     # Whether the combine weights multiply the experts' inputs, not their outputs.
     weighted_inputs = False
+    # Whether the experts of each token can be given.
+    supports_replay = False
     # The size of the experts' inputs; `None` for that of the layer's.
     latent_dim = None
     # The shape that the layer was built with.
@@ -60,15 +62,8 @@ class BaseMoeLayer(AdaptableLayer):
     def __init__(self, experts, *, examples_per_group=1.0, name=None, **kwargs):
         checks.no_foreign_arguments(self, kwargs, HINTS)
         super().__init__(name=name, **kwargs)
-        if not isinstance(experts, keras.layers.Layer) or not hasattr(
-            experts, "num_experts"
-        ):
-            raise TypeError(
-                "`experts` must be a Keras layer with an attribute `num_experts`. "
-                f"Received: {type(experts).__name__}."
-            )
+        self.num_experts = count_experts(experts)
         self.experts = experts
-        self.num_experts = checks.whole_number("num_experts", experts.num_experts)
         self.examples_per_group = checks.examples_per_group(examples_per_group)
         self.supports_masking = True
 
@@ -110,18 +105,7 @@ class BaseMoeLayer(AdaptableLayer):
         self.built_shape = tuple(input_shape)
         hidden = input_shape[-1]
         self.input_spec = keras.InputSpec(min_ndim=2, axes={-1: hidden})
-        # A symbolic call builds any layer, with or without a `build`.
-        buffers = keras.KerasTensor(
-            (1, self.num_experts, None, self.latent_dim or hidden),
-            dtype=self.compute_dtype,
-        )
-        results = self.experts(buffers)
-        received = getattr(results, "shape", type(results).__name__)
-        if received != buffers.shape:
-            raise ValueError(
-                "`experts` must return the shape of their inputs. "
-                f"Received: {received} for {buffers.shape}."
-            )
+        build_experts(self.experts, self.latent_dim or hidden, self.compute_dtype)
 
     def call(
         self,
@@ -130,6 +114,7 @@ class BaseMoeLayer(AdaptableLayer):
         training=None,
         return_routing=False,
         router_inputs=None,
+        expert_index=None,
     ):
         inputs = ops.cast(inputs, self.compute_dtype)
         tokens, token_mask = self._group(inputs, mask)
@@ -138,7 +123,12 @@ class BaseMoeLayer(AdaptableLayer):
             _check_router_inputs_shape(router_inputs, inputs)
             router_inputs = ops.cast(router_inputs, self.compute_dtype)
             router_tokens, _ = self._group(router_inputs, mask)
-        routing = self.compute_routing(router_tokens, token_mask, training)
+        routing = self.compute_routing(
+            router_tokens,
+            token_mask,
+            training,
+            **self._given_experts(expert_index, inputs, tokens),
+        )
         outputs = self._call_experts(tokens, routing, training)
         outputs = ungroup(outputs, inputs, self.examples_per_group)
         return (outputs, routing) if return_routing else outputs
@@ -188,6 +178,34 @@ class BaseMoeLayer(AdaptableLayer):
         _check_mask_shape(mask, inputs)
         return group(inputs, mask, self.examples_per_group)
 
+    def _given_experts(self, expert_index, inputs, tokens):
+        """Returns the keyword arguments of `compute_routing` for given experts."""
+        if expert_index is None:
+            return {}
+        self._check_expert_index(expert_index, inputs.shape, tokens.shape)
+        index = ops.cast(expert_index, "int32")
+        if len(index.shape) != 3 or not _same_shape(index.shape[:2], tokens.shape[:2]):
+            # Padding, which is 0, becomes -1.
+            index = group(index + 1, None, self.examples_per_group)[0] - 1
+        return {"expert_index": index}
+
+    def _check_expert_index(self, expert_index, inputs_shape, tokens_shape):
+        if not self.supports_replay:
+            raise ValueError(
+                f"{type(self).__name__} does not support a given `expert_index`."
+            )
+        shape = tuple(expert_index.shape)
+        if not any(
+            _same_shape(shape[:-1], expected[:-1])
+            for expected in (inputs_shape, tokens_shape)
+        ):
+            raise ValueError(
+                "`expert_index` must have the shape of the inputs, with the experts of "
+                "a token on the last axis, or that of a routing, [g, t, k]. Received: "
+                f"expert_index of shape {shape} for inputs of shape "
+                f"{tuple(inputs_shape)}."
+            )
+
     def _check_input_shape(self, shape):
         if len(shape) < 2 or shape[-1] is None:
             raise ValueError(
@@ -220,9 +238,12 @@ class BaseMoeLayer(AdaptableLayer):
         training=None,
         return_routing=False,
         router_inputs=None,
+        expert_index=None,
     ):
         _check_mask_shape(mask, inputs)
         _check_router_inputs_shape(router_inputs, inputs)
+        if expert_index is not None:
+            self._check_expert_index(expert_index, inputs.shape, (None, None, None))
         if return_routing:
             # Infers the shapes of the routing by a symbolic call.
             return keras.Operation.compute_output_spec(
@@ -232,6 +253,7 @@ class BaseMoeLayer(AdaptableLayer):
                 training=training,
                 return_routing=True,
                 router_inputs=router_inputs,
+                expert_index=expert_index,
             )
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
@@ -245,6 +267,31 @@ class BaseMoeLayer(AdaptableLayer):
             "experts": keras.saving.serialize_keras_object(self.experts),
             "examples_per_group": self.examples_per_group,
         }
+
+
+def count_experts(experts):
+    """Returns the number of experts of a layer, or raises an error if it has none."""
+    if not isinstance(experts, keras.layers.Layer) or not hasattr(
+        experts, "num_experts"
+    ):
+        raise TypeError(
+            "`experts` must be a Keras layer with an attribute `num_experts`. "
+            f"Received: {type(experts).__name__}."
+        )
+    return checks.whole_number("num_experts", experts.num_experts)
+
+
+def build_experts(experts, hidden, dtype):
+    """Builds experts for inputs `[1, e, c, hidden]`, and checks their outputs."""
+    # A symbolic call builds any layer, with or without a `build`.
+    buffers = keras.KerasTensor((1, experts.num_experts, None, hidden), dtype=dtype)
+    results = experts(buffers)
+    received = getattr(results, "shape", type(results).__name__)
+    if received != buffers.shape:
+        raise ValueError(
+            "`experts` must return the shape of their inputs. "
+            f"Received: {received} for {buffers.shape}."
+        )
 
 
 def _check_mask_shape(mask, inputs):

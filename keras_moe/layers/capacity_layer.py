@@ -49,11 +49,13 @@ class CapacityMoeLayer(BaseMoeLayer):
             tokens, router.num_experts, factor, self.min_expert_capacity
         )
 
-    def call_router(self, router, tokens, mask, training, report):
+    def call_router(self, router, tokens, mask, training, report, **kwargs):
         """Calls a router with its capacity, with or without losses and metrics."""
         call = router if report else router.route
         capacity = self.capacity(as_size(ops.shape(tokens)[1]), router, training)
-        return call(tokens, expert_capacity=capacity, mask=mask, training=training)
+        return call(
+            tokens, expert_capacity=capacity, mask=mask, training=training, **kwargs
+        )
 
     @property
     def is_dropless(self):

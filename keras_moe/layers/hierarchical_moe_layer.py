@@ -209,6 +209,11 @@ class HierarchicalMoeLayer(CapacityMoeLayer):
             )
         if inner_router.router_weights.hidden_layers:
             raise ValueError("`inner_router` must not have hidden layers.")
+        if inner_router.balance_scope != "group":
+            raise ValueError(
+                '`inner_router` must have `balance_scope="group"`. '
+                f"Received: {inner_router.balance_scope!r}."
+            )
         expected = outer_router.num_experts * inner_router.num_experts
         if expected != self.num_experts:
             raise ValueError(

@@ -57,6 +57,10 @@ class MoeLayer(CapacityMoeLayer):
         training: bool.
         return_routing: bool, whether to return the routing, too.
         router_inputs: `[batch, ..., h]`, what the router reads. Defaults to the inputs.
+        expert_index: int `[batch, ..., k]` or in groups `[g, t, k]`, the experts of
+            each token, used instead of those that the router selects, such as
+            `expert_index` of another call's routing; -1 for no expert. The combine
+            weights are still those of the router. Defaults to `None`.
 
     Returns:
         `[batch, ..., h]`; with `return_routing` a pair of this and the routing.
@@ -87,6 +91,7 @@ class MoeLayer(CapacityMoeLayer):
     """
 
     serialized_sublayers = ("experts", "router")
+    supports_replay = True
 
     def __init__(
         self,
@@ -154,8 +159,8 @@ class MoeLayer(CapacityMoeLayer):
         latent = self.latent_input(tokens)
         return self.latent_output(super()._call_experts(latent, routing, training))
 
-    def compute_routing(self, tokens, mask, training, report=True):
-        return self.call_router(self.router, tokens, mask, training, report)
+    def compute_routing(self, tokens, mask, training, report=True, **kwargs):
+        return self.call_router(self.router, tokens, mask, training, report, **kwargs)
 
     @property
     def experts_per_token(self):
@@ -176,7 +181,10 @@ class MoeLayer(CapacityMoeLayer):
             same experts with certainty, 0 for no tokens.
         """
         check_has_probs(routing)
-        return losses.load_balancing_loss(routing.probs, routing.load)
+        scope = getattr(self.router, "balance_scope", "group")
+        return losses.load_balancing_loss(
+            routing.probs, routing.load, per_group=scope == "group"
+        )
 
     def _check_router(self, router):
         if not isinstance(router, Router):

@@ -41,6 +41,7 @@ class MoeLayerWithBackbone(AdaptableLayer):
         mask: see `MoeLayer`. The backbone processes masked tokens, too.
         training: bool.
         router_inputs: see `MoeLayer`.
+        expert_index: see `MoeLayer`.
 
     Returns:
         `[batch, ..., h]`.
@@ -135,13 +136,19 @@ class MoeLayerWithBackbone(AdaptableLayer):
         self.built_shape = tuple(input_shape)
         self.restore_trainable()
 
-    def call(self, inputs, mask=None, training=None, router_inputs=None):
+    def call(
+        self, inputs, mask=None, training=None, router_inputs=None, expert_index=None
+    ):
         backbone = self.backbone(inputs, training=training)
         if self.backbone_gate:
             gate = self.backbone_gate_layer(inputs)
             backbone = ops.cast(gate, backbone.dtype) * backbone
         moe = self.moe(
-            inputs, mask=mask, training=training, router_inputs=router_inputs
+            inputs,
+            mask=mask,
+            training=training,
+            router_inputs=router_inputs,
+            expert_index=expert_index,
         )
         return (backbone + moe) / 2 if self.average else backbone + moe
 

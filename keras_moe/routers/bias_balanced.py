@@ -5,7 +5,7 @@ import functools
 import keras
 from keras import ops
 
-from keras_moe.kernels import ForwardPasses
+from keras_moe.kernels import ForwardPasses, sum_over_replicas
 from keras_moe.kernels.state import OwnedVariable, add_to
 from keras_moe.routers.masked import MaskedRouter
 from keras_moe.routing.statistics import expert_load
@@ -29,7 +29,8 @@ class BiasBalancedMaskedRouter(MaskedRouter):
     Args:
         num_experts: int, the number of experts `e`.
         num_selected_experts: int, the number `k` of experts per token. Defaults to 1.
-        bias_update_rate: float, the change of the bias in an update. Defaults to 0.001.
+        bias_update_rate: float, the change of the bias in an update. The attribute can
+            be set while training, as by `BiasUpdateRateScheduler`. Defaults to 0.001.
         bias_update_steps: int, the number of training batches whose loads are added up
             for an update, as `gradient_accumulation_steps` of an optimizer. Defaults to
             1.
@@ -51,12 +52,15 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         load_balancing_loss_weight: float, the weight of
             `keras_moe.losses.load_balancing_loss`, which is added in training and
             evaluation. Defaults to 0.
+        balance_scope: string, the tokens over which the balance loss is computed:
+            `"group"`, those of each group; `"batch"`, those of all groups, in training
+            including those of other replicas and processes. Defaults to `"group"`.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         mechanism: string, `"sigmoid"`, `"softmax"` or `"sqrt_softplus"`, see `Gate`.
             Defaults to `"sigmoid"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, see `Gate`. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
@@ -89,8 +93,11 @@ class BiasBalancedMaskedRouter(MaskedRouter):
 
     Reference:
         [DeepSeek-AI, 2024](https://arxiv.org/abs/2412.19437), section 2.1.2, equations
-        12-16.
+        12-16, and 17-20 for a balance loss of each sequence.
     """
+
+    # Set before `__init__`, where Keras may read `variables`.
+    _updates = None
 
     def __init__(
         self,
@@ -109,6 +116,7 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         priority="choice",
         overflow="drop",
         load_balancing_loss_weight=0.0,
+        balance_scope="group",
         hidden_layers=None,
         mechanism="sigmoid",
         noise_std=0.0,
@@ -137,6 +145,7 @@ class BiasBalancedMaskedRouter(MaskedRouter):
             priority=priority,
             overflow=overflow,
             load_balancing_loss_weight=load_balancing_loss_weight,
+            balance_scope=balance_scope,
             hidden_layers=hidden_layers,
             mechanism=checks.one_of("mechanism", mechanism, SCORES),
             noise_std=noise_std,
@@ -150,17 +159,14 @@ class BiasBalancedMaskedRouter(MaskedRouter):
             name=name,
             **kwargs,
         )
-        self.bias_update_rate = checks.number("bias_update_rate", bias_update_rate)
+        bias_update_rate = checks.number("bias_update_rate", bias_update_rate)
         self.bias_update_steps = checks.whole_number(
             "bias_update_steps", bias_update_steps
         )
+        self._updates = _BiasUpdates(self, bias_update_rate)
         self._passes = ForwardPasses()
         # The bias of a training step, which is constant in it.
         self._bias = None
-        self._load_sums = None
-        if self.bias_update_steps > 1:
-            # The loads, and the number of batches.
-            self._load_sums = _LoadSums(self, self.num_experts)
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -177,15 +183,18 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         bias = self.expert_bias if self._bias is None else self._bias
         return scores + ops.convert_to_tensor(bias)
 
-    def call(self, inputs, *, expert_capacity, mask=None, training=None):
+    def call(
+        self, inputs, *, expert_capacity, mask=None, training=None, expert_index=None
+    ):
         call = functools.partial(
             super().call,
             inputs,
             expert_capacity=expert_capacity,
             mask=mask,
             training=training,
+            expert_index=expert_index,
         )
-        if not (training and self.trainable and self.bias_update_rate):
+        if not (training and self.trainable):
             return call()
         bias = ops.stop_gradient(ops.convert_to_tensor(self.expert_bias))
         is_second, self._bias = self._passes.next(bias)
@@ -194,26 +203,22 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         finally:
             self._bias = None
         if not is_second:
-            self._update_bias(routing)
+            load = sum_over_replicas(expert_load(routing))
+            self._updates.add(self.expert_bias, load)
         return routing
 
-    def _update_bias(self, routing):
-        load, is_due = expert_load(routing), True
-        if self._load_sums is not None:
-            load, is_due = self._load_sums.add(load, self.bias_update_steps)
-        error = ops.mean(load) - load
-        # At a perfect balance the error is a rounding error.
-        error = ops.where(ops.abs(error) < 1e-3, 0.0, error)
-        step = self.bias_update_rate * ops.sign(error)
-        bias = ops.convert_to_tensor(self.expert_bias)
-        # A constant shift changes no selection, and the mean does not drift.
-        change = step - ops.mean(bias + step)
-        add_to(self.expert_bias, ops.where(is_due, change, 0.0))
+    @property
+    def bias_update_rate(self):
+        return self._updates.rate
+
+    @bias_update_rate.setter
+    def bias_update_rate(self, value):
+        self._updates.set_rate(checks.number("bias_update_rate", value))
 
     @property
     def running_state(self):
-        sums = [self._load_sums.variable] if self._load_sums else []
-        return super().running_state + sums
+        updates = self._updates
+        return super().running_state + (updates.variables if updates else [])
 
     def get_config(self):
         return {
@@ -223,31 +228,56 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         }
 
 
-class _LoadSums:
-    """Loads of several batches. Not a Keras object, so it is not tracked as a weight.
+class _BiasUpdates:
+    """Updates of a bias, and their state. Not a Keras object, so it adds no weights.
 
     Args:
-        owner: the router.
-        num_experts: int.
+        router: `BiasBalancedMaskedRouter`.
+        rate: float.
     """
 
-    def __init__(self, owner, num_experts):
-        # The last element is the number of batches.
-        self.variable = OwnedVariable(owner, "load_sums", (num_experts + 1,))
+    def __init__(self, router, rate):
+        self.rate = rate
+        self._steps = router.bias_update_steps
+        self._rate = OwnedVariable(
+            router, "bias_update_rate", (), rate, per_replica=False
+        )
+        self.variables = [self._rate]
+        if self._steps > 1:
+            # The loads of several batches, and the number of these.
+            self._sums = OwnedVariable(router, "load_sums", (router.num_experts + 1,))
+            self.variables.append(self._sums)
 
-    def add(self, load, steps):
-        """Adds a batch.
+    def set_rate(self, rate):
+        """Sets the rate, also of steps that are compiled already."""
+        self.rate = rate
+        self._rate.assign(rate)
+
+    def add(self, bias, load):
+        """Adds a batch, and updates the bias if an update is due.
 
         Args:
+            bias: variable `[e]`.
             load: float32 `[e]`.
-            steps: int, the number of batches to add up.
-
-        Returns:
-            A pair: the sums, float32 `[e]`, and bool, whether that many batches have
-            been added. Then the sums begin again at 0.
         """
-        old = ops.convert_to_tensor(self.variable)
+        rate, is_due = ops.convert_to_tensor(self._rate), True
+        if self._steps > 1:
+            load, is_due = self._summed(load)
+        error = ops.mean(load) - load
+        # At a perfect balance the error is a rounding error.
+        error = ops.where(ops.abs(error) < 1e-3, 0.0, error)
+        step = rate * ops.sign(error)
+        # A constant shift changes no selection, and the mean does not drift.
+        change = step - ops.mean(ops.convert_to_tensor(bias) + step)
+        add_to(bias, ops.where(ops.logical_and(is_due, rate > 0), change, 0.0))
+
+    def _summed(self, load):
+        """Returns the sums with a batch, and whether they are those of an update.
+
+        After these, they begin again at 0.
+        """
+        old = ops.convert_to_tensor(self._sums)
         new = old + ops.concatenate([load, ops.ones((1,), dtype="float32")])
-        is_due = new[-1] >= steps
-        add_to(self.variable, ops.where(is_due, 0.0, new) - old)
+        is_due = new[-1] >= self._steps
+        add_to(self._sums, ops.where(is_due, 0.0, new) - old)
         return new[:-1], is_due

@@ -23,7 +23,7 @@ class ExpertsChooseMaskedRouter(Router):
         mechanism: string, `"softmax"` or `"sigmoid"`, see `Gate`. Defaults to
             `"softmax"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, see `Gate`. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this

@@ -6,6 +6,7 @@ from keras import ops
 from keras_moe.utils import checks, initializers
 from keras_moe.utils.composite import CompositeLayer
 
+LEARNED = "learned"
 MECHANISMS = ("softmax", "sigmoid", "sqrt_softplus", "gumbel")
 
 
@@ -24,7 +25,8 @@ class Gate(CompositeLayer):
             with probability 1: in training a sample (hard Gumbel-softmax with a
             straight-through gradient), otherwise the best. Defaults to `"softmax"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, `softplus(x · noise_kernel)` of each expert,
+            with a kernel `[h, e]` that is 0 at first. Defaults to 0.
         jitter_noise: float in [0, 1). In training the inputs are multiplied by uniform
             noise from `[1 - jitter_noise, 1 + jitter_noise]`. Defaults to 0.
         input_norm_epsilon: float. The inputs are RMS-normalized with this epsilon, and
@@ -62,6 +64,8 @@ class Gate(CompositeLayer):
         [Fedus et al., 2021](https://arxiv.org/abs/2101.03961), section 2.4, for float32
         and jitter;
         [Jang et al., 2017](https://arxiv.org/abs/1611.01144) for Gumbel-softmax;
+        [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), equation 4, for
+        learned noise;
         [Zhang and Sennrich, 2019](https://arxiv.org/abs/1910.07467), equation 4, for
         RMS normalization.
     """
@@ -90,7 +94,9 @@ class Gate(CompositeLayer):
         self.num_experts = checks.whole_number("num_experts", num_experts)
         self.hidden_layers = _hidden_sizes(hidden_layers)
         self.mechanism = checks.one_of("mechanism", mechanism, MECHANISMS)
-        self.noise_std = checks.number("noise_std", noise_std)
+        self.noise_std = noise_std
+        if noise_std != LEARNED:
+            self.noise_std = checks.number("noise_std", noise_std)
         self.jitter_noise = checks.number("jitter_noise", jitter_noise, below=1)
         self.input_norm_epsilon = None
         if input_norm_epsilon is not None:
@@ -137,26 +143,33 @@ class Gate(CompositeLayer):
             self.input_scale = self.add_weight(
                 name="input_scale", shape=(input_shape[-1],), initializer="ones"
             )
+        if self.noise_std == LEARNED:
+            self.noise_kernel = self.add_weight(
+                name="noise_kernel", shape=kernel_shape, initializer="zeros"
+            )
         self.bias = None
         if self.use_bias:
             self.bias = self.add_weight(name="bias", shape=bias_shape, initializer=bias)
         self.restore_trainable()
 
     def call(self, inputs, training=None, return_logits=False):
-        logits = self._logits(self._jittered(inputs) if training else inputs)
+        x = self._features(self._jittered(inputs) if training else inputs)
+        logits = ops.matmul(x, self.kernel)
+        if self.bias is not None:
+            logits = logits + self.bias
         probs = self._probabilities(
-            self._noisy(logits) if training else logits, training
+            self._noisy(logits, x) if training else logits, training
         )
         return (probs, logits) if return_logits else probs
 
-    def _logits(self, x):
+    def _features(self, x):
+        """Returns the inputs of the last layer."""
         if self.input_norm_epsilon is not None:
             x = _rms_normalized(x, self.input_norm_epsilon)
             x = x * self.input_scale * x.shape[-1] ** -0.5
         for layer in self._hidden:
             x = layer(x)
-        logits = ops.matmul(x, self.kernel)
-        return logits if self.bias is None else logits + self.bias
+        return x
 
     def _probabilities(self, logits, training):
         if self.mechanism == "softmax":
@@ -192,15 +205,19 @@ class Gate(CompositeLayer):
             seed=self.seed_generator,
         )
 
-    def _noisy(self, logits):
+    def _noisy(self, logits, x):
         if not self.noise_std:
             return logits
-        return logits + keras.random.normal(
+        is_learned = self.noise_std == LEARNED
+        noise = keras.random.normal(
             ops.shape(logits),
-            stddev=self.noise_std,
+            stddev=1.0 if is_learned else self.noise_std,
             dtype="float32",
             seed=self.seed_generator,
         )
+        if is_learned:
+            noise = noise * ops.softplus(ops.matmul(x, self.noise_kernel))
+        return logits + noise
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Does nothing, so that quantization does not change the routing."""

@@ -9,6 +9,7 @@ from keras_moe.routing.selection import (
     next_best,
     nonfinite_to_zero,
     normalized,
+    select_given,
     top_k,
     within_best_groups,
 )
@@ -43,20 +44,24 @@ class MaskedRouter(TokensChooseRouter):
         group_score_experts: int, the number of best experts of a group whose scores
             are summed to the score of the group. Defaults to 2.
         priority: string. `"choice"`, all first choices before all second choices;
-            `"token"`, earlier tokens, with all their choices, before later ones; or
+            `"token"`, earlier tokens, with all their choices, before later ones;
             `"probability"`, as `"choice"`, with tokens in the order of their best
-            probability. Defaults to `"choice"`.
+            probability; or `"random"`, as `"choice"`, in training with tokens in random
+            order. Defaults to `"choice"`.
         overflow: string. `"drop"`, over-capacity assignments are dropped; or
             `"next_best"`, they go to the token's next best expert with room, which
             needs `priority="token"`. Defaults to `"drop"`.
         load_balancing_loss_weight: float, the weight of
             `keras_moe.losses.load_balancing_loss`, which is added in training and
             evaluation. Defaults to 0.01.
+        balance_scope: string, the tokens over which the balance loss is computed:
+            `"group"`, those of each group; `"batch"`, those of all groups, in training
+            including those of other replicas and processes. Defaults to `"group"`.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         mechanism: string, see `Gate`. Defaults to `"softmax"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, see `Gate`. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
@@ -117,6 +122,7 @@ class MaskedRouter(TokensChooseRouter):
         priority="choice",
         overflow="drop",
         load_balancing_loss_weight=0.01,
+        balance_scope="group",
         hidden_layers=None,
         mechanism="softmax",
         noise_std=0.0,
@@ -133,6 +139,7 @@ class MaskedRouter(TokensChooseRouter):
         super().__init__(
             num_experts,
             load_balancing_loss_weight=load_balancing_loss_weight,
+            balance_scope=balance_scope,
             hidden_layers=hidden_layers,
             mechanism=mechanism,
             noise_std=noise_std,
@@ -175,6 +182,9 @@ class MaskedRouter(TokensChooseRouter):
         )
         self.use_expert_scale = checks.boolean("use_expert_scale", use_expert_scale)
         self.priority = checks.one_of("priority", priority, PRIORITIES)
+        self.priority_seed_generator = None
+        if self.priority == "random":
+            self.priority_seed_generator = keras.random.SeedGenerator()
         self.overflow = checks.one_of("overflow", overflow, ("drop", "next_best"))
         if self.overflow == "next_best" and self.priority != "token":
             raise ValueError(
@@ -216,10 +226,28 @@ class MaskedRouter(TokensChooseRouter):
             # The load is that of the best experts, before any is full.
             load = selection_load(selection, self.num_experts)
             selection = next_best(probs, k, expert_capacity, scores=scores)
+        return self._assign(selection, probs, expert_capacity, training, load)
+
+    def replay_routing(self, probs, expert_index, expert_capacity, training=None):
+        selection = select_given(probs, expert_index)
+        return self._assign(selection, probs, expert_capacity, training)
+
+    def _assign(self, selection, probs, expert_capacity, training, load=None):
+        """Returns the routing of a selection whose weights are probabilities."""
         selection = selection._replace(weight=self._combine_weights(selection))
         if self.mechanism in ("sigmoid", "sqrt_softplus"):
             probs = normalized(probs)
-        return assign_slots(selection, probs, expert_capacity, self.priority, load)
+        priority = self.priority
+        if priority == "random" and not training:
+            priority = "choice"
+        return assign_slots(
+            selection,
+            probs,
+            expert_capacity,
+            priority,
+            load,
+            seed=self.priority_seed_generator,
+        )
 
     def _scores(self, probs):
         """Returns the scores by which experts are selected, `-inf` to exclude one."""

@@ -8,7 +8,11 @@ from keras_moe.losses import router_z_loss
 from keras_moe.metrics import LayerMetrics
 from keras_moe.routers.gate import Gate
 from keras_moe.routers.routing_log import RoutingLog
-from keras_moe.routing.statistics import routing_statistics
+from keras_moe.routing.statistics import (
+    max_loads,
+    mean_max_load,
+    routing_statistics,
+)
 from keras_moe.routing.values import RouterMask, check_routing
 from keras_moe.utils import checks
 from keras_moe.utils.composite import CompositeLayer
@@ -46,7 +50,7 @@ class Router(LayerMetrics, CompositeLayer):
             Defaults to `None`, no hidden layers.
         mechanism: string, see `Gate`. Defaults to `"softmax"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, see `Gate`. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
@@ -69,6 +73,9 @@ class Router(LayerMetrics, CompositeLayer):
             for no capacity, if `supports_dropless`.
         mask: bool `[g, t]`, false for a masked token, or `None`.
         training: bool.
+        expert_index: int `[g, t, k]`, the experts of each token, used instead of those
+            that the router selects; -1 for no expert. The combine weights are still
+            those of the router. Defaults to `None`.
 
     Returns:
         `Slots`, `Rows` or a `RouterMask`.
@@ -104,12 +111,15 @@ class Router(LayerMetrics, CompositeLayer):
         "fraction_tokens_left_behind",
         "router_confidence",
         "expert_usage",
+        "max_load",
     )
     load_balancing_loss_weight = 0.0
     experts_per_token = None
     supports_dropless = False
     # Set before `__init__`, where Keras may read `variables`.
     log = None
+    # Whether what is reported is that of a training step.
+    _is_training = False
 
     def __init__(
         self,
@@ -186,13 +196,37 @@ class Router(LayerMetrics, CompositeLayer):
             "`compute_routing(probs, expert_capacity, training)`."
         )
 
+    def replay_routing(self, probs, expert_index, expert_capacity, training=None):
+        """Turns given experts into a routing, with weights of their probabilities.
+
+        A subclass that can do so overrides it.
+
+        Args:
+            probs: see `compute_routing`.
+            expert_index: int `[g, t, k]`; -1 for no expert.
+            expert_capacity: see `compute_routing`.
+            training: bool.
+
+        Returns:
+            `Slots` or a `RouterMask`; `Rows` without a capacity.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not support a given `expert_index`."
+        )
+
     def load_balancing_loss(self, routing):
         """Returns the unweighted balance loss; 0 for a router without one."""
         return ops.zeros((), dtype="float32")
 
-    def call(self, inputs, *, expert_capacity, mask=None, training=None):
-        routing, logits = self._route(inputs, expert_capacity, mask, training)
+    def call(
+        self, inputs, *, expert_capacity, mask=None, training=None, expert_index=None
+    ):
+        routing, logits = self._route(
+            inputs, expert_capacity, mask, training, expert_index
+        )
+        self._is_training = bool(training)
         self.report(routing, logits, mask)
+        self._is_training = False
         return self.with_attached_losses(routing)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
@@ -212,7 +246,9 @@ class Router(LayerMetrics, CompositeLayer):
         weight = self._losses_outlet.attach_to(getattr(routing, name))
         return routing._replace(**{name: weight})
 
-    def route(self, inputs, *, expert_capacity, mask=None, training=False):
+    def route(
+        self, inputs, *, expert_capacity, mask=None, training=False, expert_index=None
+    ):
         """Returns the routing without adding losses or metrics.
 
         Args:
@@ -220,20 +256,26 @@ class Router(LayerMetrics, CompositeLayer):
             expert_capacity: int, or `None`.
             mask: bool `[g, t]`, or `None`.
             training: bool.
+            expert_index: int `[g, t, k]`, or `None`, see the call arguments.
 
         Returns:
             `Slots`, `Rows` or a `RouterMask`.
         """
         inputs = ops.cast(inputs, self.compute_dtype)
-        return self._route(inputs, expert_capacity, mask, training)[0]
+        return self._route(inputs, expert_capacity, mask, training, expert_index)[0]
 
-    def _route(self, inputs, expert_capacity, mask, training):
+    def _route(self, inputs, expert_capacity, mask, training, expert_index):
         probs, logits = self.router_weights(
             inputs, training=training, return_logits=True
         )
         if mask is not None:
             probs = ops.where(ops.expand_dims(mask, -1), probs, 0.0)
-        routing = self.routing_of_logits(logits, probs, expert_capacity, training)
+        if expert_index is None:
+            routing = self.routing_of_logits(logits, probs, expert_capacity, training)
+        else:
+            routing = self.replay_routing(
+                probs, expert_index, expert_capacity, training=training
+            )
         check_routing(routing)
         return routing, logits
 
@@ -284,19 +326,27 @@ class Router(LayerMetrics, CompositeLayer):
         if self.export_metrics is False:
             return
         statistics = routing_statistics(routing, valid)
+        largest = max_loads(routing)
         self.add_metrics(
             {
                 "router_z_loss": self.router_z_loss_weight * z_loss,
                 "unscaled_router_z_loss": z_loss,
                 "load_balancing_loss": balance_loss,
                 **statistics,
+                "max_load": mean_max_load(largest),
             },
             # A batch without a valid token, such as that of a replica for which none is
             # left, does not count.
             weight=ops.cast(valid > 0, "float32"),
         )
         left_behind = statistics["fraction_tokens_left_behind"]
-        self.log.update(routing, valid=valid, left_behind=left_behind, z_loss=z_loss)
+        self.log.update(
+            routing,
+            valid=valid,
+            left_behind=left_behind,
+            z_loss=z_loss,
+            largest=largest,
+        )
 
     def _add_weighted_loss(self, loss, weight):
         if weight:

@@ -4,7 +4,7 @@ import numpy as np
 from keras import ops
 
 from keras_moe.kernels.state import OwnedVariable
-from keras_moe.routing.statistics import expert_load, max_loads
+from keras_moe.routing.statistics import expert_load, num_selected
 
 
 class RoutingLog:
@@ -18,9 +18,9 @@ class RoutingLog:
     """
 
     def __init__(self, owner, num_experts):
-        self.sums = OwnedVariable(owner, "routing_log", (num_experts + 5,))
+        self.sums = OwnedVariable(owner, "routing_log", (num_experts + 6,))
 
-    def update(self, routing, *, valid, left_behind, z_loss):
+    def update(self, routing, *, valid, left_behind, z_loss, largest):
         """Adds a batch.
 
         Args:
@@ -28,23 +28,24 @@ class RoutingLog:
             valid: float32 scalar, the number of valid tokens.
             left_behind: float32 scalar, the fraction of these without an expert.
             z_loss: float32 scalar, unweighted.
+            largest: pair of float32 scalars, the result of `max_loads`.
         """
-        max_load, groups = max_loads(routing)
-        figures = [valid, valid * left_behind, valid * z_loss, max_load, groups]
+        figures = [valid, valid * left_behind, valid * z_loss, *largest]
+        figures.append(num_selected(routing))
         sums = ops.concatenate([ops.stack(figures), expert_load(routing)])
         self.sums.add(sums)
 
     def read(self):
         """Returns a dict of the sums since the last `clear`, as numpy values."""
-        tokens, left_behind, z_loss, max_load, groups, *load = ops.convert_to_numpy(
-            self.sums
-        )
+        sums = ops.convert_to_numpy(self.sums)
+        tokens, left_behind, z_loss, max_load, groups, selected, *load = sums
         return {
             "tokens": tokens,
             "left_behind": left_behind,
             "z_loss": z_loss,
             "max_load": max_load,
             "groups": groups,
+            "selected": selected,
             "load": np.array(load),
         }
 

@@ -32,6 +32,9 @@ class SparseMixerRouter(TokensChooseRouter):
         load_balancing_loss_weight: float, the weight of
             `keras_moe.losses.load_balancing_loss`, which is added in training and
             evaluation. Defaults to 0.01.
+        balance_scope: string, the tokens over which the balance loss is computed:
+            `"group"`, those of each group; `"batch"`, those of all groups, in training
+            including those of other replicas and processes. Defaults to `"group"`.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
@@ -82,6 +85,7 @@ class SparseMixerRouter(TokensChooseRouter):
         num_selected_experts=2,
         sparsity_threshold=0.02,
         load_balancing_loss_weight=0.01,
+        balance_scope="group",
         hidden_layers=None,
         noise_std=0.0,
         jitter_noise=0.0,
@@ -97,6 +101,7 @@ class SparseMixerRouter(TokensChooseRouter):
         super().__init__(
             num_experts,
             load_balancing_loss_weight=load_balancing_loss_weight,
+            balance_scope=balance_scope,
             hidden_layers=hidden_layers,
             noise_std=noise_std,
             jitter_noise=jitter_noise,

@@ -5,6 +5,8 @@ from keras_moe.routers.router import Router
 from keras_moe.routing.values import check_has_probs
 from keras_moe.utils import checks
 
+SCOPES = "group", "batch"
+
 
 class TokensChooseRouter(Router):
     """A router where tokens choose experts and a loss balances the load. Abstract.
@@ -16,11 +18,14 @@ class TokensChooseRouter(Router):
         load_balancing_loss_weight: float, the weight of
             `keras_moe.losses.load_balancing_loss`, which is added in training and
             evaluation. Defaults to 0.01.
+        balance_scope: string, the tokens over which the balance loss is computed:
+            `"group"`, those of each group; `"batch"`, those of all groups, in training
+            including those of other replicas and processes. Defaults to `"group"`.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         mechanism: string, see `Gate`. Defaults to `"softmax"`.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, see `Gate`. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
@@ -56,6 +61,7 @@ class TokensChooseRouter(Router):
         num_experts,
         *,
         load_balancing_loss_weight=0.01,
+        balance_scope="group",
         hidden_layers=None,
         mechanism="softmax",
         noise_std=0.0,
@@ -87,13 +93,20 @@ class TokensChooseRouter(Router):
         self.load_balancing_loss_weight = checks.number(
             "load_balancing_loss_weight", load_balancing_loss_weight
         )
+        self.balance_scope = checks.one_of("balance_scope", balance_scope, SCOPES)
 
     def load_balancing_loss(self, routing):
         check_has_probs(routing)
-        return losses.load_balancing_loss(routing.probs, routing.load)
+        return losses.load_balancing_loss(
+            routing.probs,
+            routing.load,
+            per_group=self.balance_scope == "group",
+            across_replicas=self._is_training,
+        )
 
     def get_config(self):
         return {
             **super().get_config(),
             "load_balancing_loss_weight": self.load_balancing_loss_weight,
+            "balance_scope": self.balance_scope,
         }

@@ -34,11 +34,14 @@ class Top2MaskedRouter(TokensChooseRouter):
         load_balancing_loss_weight: float, the weight of
             `keras_moe.losses.load_balancing_loss`, which is added in training and
             evaluation. Defaults to 0.01.
+        balance_scope: string, the tokens over which the balance loss is computed:
+            `"group"`, those of each group; `"batch"`, those of all groups, in training
+            including those of other replicas and processes. Defaults to `"group"`.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         mechanism: string, `"softmax"` only.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training. Defaults to 0.
+            in training; or `"learned"`, see `Gate`. Defaults to 0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this
@@ -88,6 +91,7 @@ class Top2MaskedRouter(TokensChooseRouter):
         second_threshold_train=0.2,
         second_threshold_eval=0.2,
         load_balancing_loss_weight=0.01,
+        balance_scope="group",
         hidden_layers=None,
         mechanism="softmax",
         noise_std=0.0,
@@ -105,6 +109,7 @@ class Top2MaskedRouter(TokensChooseRouter):
         super().__init__(
             num_experts,
             load_balancing_loss_weight=load_balancing_loss_weight,
+            balance_scope=balance_scope,
             hidden_layers=hidden_layers,
             mechanism=mechanism,
             noise_std=noise_std,

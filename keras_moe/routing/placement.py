@@ -1,15 +1,18 @@
 """Placement: selections and probabilities into `Slots` or `Rows`."""
 
+import keras
 from keras import ops
 
 from keras_moe.kernels import argsort, gather_rows, num_row_shards, scatter_add_rows
 from keras_moe.routing.selection import nonfinite_to_zero, valid_tokens
 from keras_moe.routing.values import Rows, Slots
 
-PRIORITIES = ("choice", "token", "probability")
+PRIORITIES = ("choice", "token", "probability", "random")
 
 
-def assign_slots(selection, probs, expert_capacity, priority="choice", load=None):
+def assign_slots(
+    selection, probs, expert_capacity, priority="choice", load=None, seed=None
+):
     """Assigns the slots of the selected experts, until these are full.
 
     Over-capacity assignments are dropped. Without a capacity there are no slots, and
@@ -19,14 +22,19 @@ def assign_slots(selection, probs, expert_capacity, priority="choice", load=None
       before later ones (GShard);
     - `"token"`: earlier tokens, with all their choices, before later ones;
     - `"probability"`: as `"choice"`, with tokens in the order of their best
-      probability (batch prioritized routing of V-MoE).
+      probability (batch prioritized routing of V-MoE);
+    - `"random"`: as `"choice"`, with tokens in random order (random token selection of
+      DeepSpeed).
 
     Args:
         selection: `Selection`, `[g, t, k]`.
         probs: float32 `[g, t, e]`, all zero for a masked token.
         expert_capacity: int or scalar int32 tensor `c`; `None` for no capacity.
-        priority: `"choice"`, `"token"` or `"probability"`. Defaults to `"choice"`.
+        priority: `"choice"`, `"token"`, `"probability"` or `"random"`. Defaults to
+            `"choice"`.
         load: float32 `[g, e]`, the load to report; that of `selection` by default.
+        seed: int or `keras.random.SeedGenerator`, of the random order. Defaults to
+            `None`, a random seed.
 
     Returns:
         `Slots`; `Rows` if `expert_capacity` is `None`.
@@ -48,8 +56,8 @@ def assign_slots(selection, probs, expert_capacity, priority="choice", load=None
         return _sort_by_expert(selection, probs, load)
     groups, tokens, k = ops.shape(selection.expert_index)
     experts = selection.expert_index
-    if priority == "probability":
-        token_order = argsort(-ops.max(nonfinite_to_zero(probs), axis=-1))
+    token_order = _token_order(probs, priority, seed)
+    if token_order is not None:
         experts = ops.take_along_axis(experts, ops.expand_dims(token_order, -1), axis=1)
     if priority != "token":
         experts = ops.transpose(experts, (0, 2, 1))
@@ -69,7 +77,7 @@ def assign_slots(selection, probs, expert_capacity, priority="choice", load=None
         token, choice = assignment // k, assignment % k
     else:
         token, choice = assignment % tokens, assignment // tokens
-    if priority == "probability":
+    if token_order is not None:
         token = _gather_per_group(token_order, token)
     weight = ops.reshape(selection.weight, (groups, tokens * k))
     return Slots(
@@ -77,7 +85,18 @@ def assign_slots(selection, probs, expert_capacity, priority="choice", load=None
         weight=_gather_per_group(weight, ops.where(filled, token * k + choice, -1)),
         probs=probs,
         load=_fractions(counts) if load is None else load,
+        expert_index=selection.expert_index,
     )
+
+
+def _token_order(probs, priority, seed):
+    """Returns the tokens of each group in their order, `[g, t]`; `None` for that."""
+    if priority == "probability":
+        return argsort(-ops.max(nonfinite_to_zero(probs), axis=-1))
+    if priority == "random":
+        shape = ops.shape(probs)[:2]
+        return argsort(keras.random.uniform(shape, dtype="float32", seed=seed))
+    return None
 
 
 def _sort_by_expert(selection, probs, load):
@@ -107,6 +126,7 @@ def _sort_by_expert(selection, probs, load):
         group_sizes=ops.reshape(sizes, (-1,)),
         probs=probs,
         load=_fractions(counts) if load is None else load,
+        expert_index=selection.expert_index,
     )
 
 
@@ -134,6 +154,7 @@ def choose_tokens(probs, expert_capacity):
         weight=ops.where(filled, weight, 0.0),
         probs=probs,
         load=_fractions(ops.sum(ops.cast(filled, "int32"), axis=-1)),
+        expert_index=_no_experts(probs),
     )
 
 
@@ -163,6 +184,7 @@ def compose_routings(outer, inner):
         weight=ops.reshape(weight * inner.weight, shape),
         probs=ops.repeat(outer.probs, e, axis=-1) / e,
         load=_fractions(counts),
+        expert_index=_no_experts(outer.probs),
     )
 
 
@@ -178,6 +200,11 @@ def _gather_per_group(row, index):
     groups, experts, capacity = ops.shape(index)
     taken = gather_rows(row, ops.reshape(index, (groups, experts * capacity)))
     return ops.reshape(taken, (groups, experts, capacity))
+
+
+def _no_experts(probs):
+    """Returns the `expert_index` of tokens that select no experts, `[g, t, 0]`."""
+    return ops.zeros((*ops.shape(probs)[:2], 0), dtype="int32")
 
 
 def _counts(index, num_experts):

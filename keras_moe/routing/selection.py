@@ -116,6 +116,24 @@ def top_k(probs, k, normalize=False, scores=None):
     return Selection(index, normalized(weight) if normalize else weight)
 
 
+def select_given(probs, expert_index):
+    """Selects given experts.
+
+    Args:
+        probs: float32 `[g, t, e]`, the weights; all zero for a masked token.
+        expert_index: int `[g, t, k]`; numbers outside of 0 to e - 1 for no expert.
+
+    Returns:
+        A `Selection`; -1 and weight 0 for masked tokens.
+    """
+    valid = ops.expand_dims(valid_tokens(probs), -1)
+    index = ops.cast(expert_index, "int32")
+    is_expert = ops.logical_and(index >= 0, index < probs.shape[-1])
+    index = ops.where(ops.logical_and(valid, is_expert), index, -1)
+    weight = ops.take_along_axis(probs, ops.maximum(index, 0), axis=-1)
+    return Selection(index, ops.where(index >= 0, weight, 0.0))
+
+
 def next_best(probs, k, expert_capacity, normalize=False, scores=None):
     """Selects the `k` best experts that have room, token after token.
 

@@ -43,6 +43,22 @@ def expert_load(routing):
     return ops.sum(_group_loads(routing), axis=0)
 
 
+def num_selected(routing):
+    """Returns the number of selected experts of all tokens.
+
+    Args:
+        routing: `Slots`, `Rows` or `RouterMask`.
+
+    Returns:
+        A float32 scalar. Where experts choose, or if the selection is not known, it is
+        the number of filled slots.
+    """
+    index = getattr(routing, "expert_index", None)
+    if index is None or index.shape[-1] == 0:
+        return ops.sum(routing.assignments)
+    return ops.sum(ops.cast(index >= 0, "float32"))
+
+
 def max_loads(routing):
     """Returns the largest expert load of the groups, relative to their mean load.
 
@@ -60,6 +76,12 @@ def max_loads(routing):
     largest = ops.max(loads, axis=-1, initial=0.0) * loads.shape[-1]
     relative = largest / ops.where(total > 0, total, 1.0)
     return ops.sum(relative), ops.sum(ops.cast(total > 0, "float32"))
+
+
+def mean_max_load(max_loads):
+    """Returns the mean over the groups, 0 without any: see `max_loads`."""
+    total, groups = max_loads
+    return _ratio(total, groups)
 
 
 def _group_loads(routing):

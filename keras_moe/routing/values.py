@@ -20,6 +20,9 @@ class Slots(NamedTuple):
         load: float32 `[g, e]`, the fraction of the group's assignments that each
             expert received, 1 in sum. Where tokens choose, assignments count before
             any is dropped.
+        expert_index: int32 `[g, t, k]`, the experts that each token selected, before
+            any is dropped; -1 for none. `[g, t, 0]` where experts choose. Defaults to
+            `None`, unknown.
 
     Example:
 
@@ -37,6 +40,7 @@ class Slots(NamedTuple):
     weight: Any
     probs: Any
     load: Any
+    expert_index: Any = None
 
     @property
     def dispatch_mask(self):
@@ -90,6 +94,7 @@ class Rows(NamedTuple):
         group_sizes: int32 `[e]`, the number of rows of each expert.
         probs: as in `Slots`.
         load: as in `Slots`.
+        expert_index: as in `Slots`.
 
     Example:
 
@@ -109,6 +114,7 @@ class Rows(NamedTuple):
     group_sizes: Any
     probs: Any
     load: Any
+    expert_index: Any = None
 
     @property
     def assignments(self):

@@ -148,11 +148,12 @@ def test_rows_table():
     layer.router.set_weights([10 * np.eye(H, E)])
     x = np.eye(H, dtype="float32")[[2, 0, 1, 2]][None]
     rows = layer.route(x, mask=np.array([[True, True, False, True]]))
-    token, weight, sizes, _, load = (ops.convert_to_numpy(a) for a in rows)
+    token, weight, sizes, _, load, index = (ops.convert_to_numpy(a) for a in rows)
     assert token.tolist() == [[1, 0, 3, -1]]
     np.testing.assert_allclose(weight, [[1, 1, 1, 0]], atol=1e-3)
     assert sizes.tolist() == [1, 0, 2, 0]
     np.testing.assert_allclose(load, [[1 / 3, 0, 2 / 3, 0]])
+    assert index.tolist() == [[[2], [0], [-1], [2]]]
     assert float(rows.expert_usage) == 0.5
 
 

@@ -118,7 +118,7 @@ def test_both_levels_report_metrics_and_losses(rng):
     layer(x)
     metrics = layer.outer_router.metrics + layer.inner_router.metrics
     values = {m.name: float(m.result()) for m in metrics}
-    assert len(values) == 12
+    assert len(values) == 14
     assert {"moe/outer/expert_usage", "moe/inner/expert_usage"} <= values.keys()
     assert len(layer.losses) == 2
     assert all(np.isfinite(value) for value in values.values())

@@ -68,6 +68,9 @@ CAUSAL = {
     "bias balanced": False,  # k = 2, and first choices have priority
     "top 2": False,
     "options": False,
+    "batch scope": False,
+    "round robin": True,
+    "top p": False,
     "sparse mixer": False,
 }
 

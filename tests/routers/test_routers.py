@@ -91,7 +91,7 @@ def test_routing_is_float32_under_every_policy(rng):
         router = MaskedRouter(4, dtype=policy, router_z_loss_weight=1.0)
         slots = router(x, expert_capacity=3)
         dtypes = [keras.backend.standardize_dtype(part.dtype) for part in slots]
-        assert dtypes == ["int32", "float32", "float32", "float32"]
+        assert dtypes == ["int32", "float32", "float32", "float32", "int32"]
 
 
 def test_only_the_named_metrics_are_exported(rng):

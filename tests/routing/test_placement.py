@@ -97,7 +97,7 @@ def test_probability_priority_table():
     np.testing.assert_allclose(slots.weight, [[[0.9, 0.8], [0, 0]]])
 
 
-@pytest.mark.parametrize("priority", PRIORITIES)
+@pytest.mark.parametrize("priority", sorted({*PRIORITIES} - {"random"}))
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("c", [1, 4, 13])
 @pytest.mark.parametrize("ties", [False, True])
@@ -139,7 +139,7 @@ def test_compose_routings_table():
         load=np.zeros((2, 2), "float32"),
     )
     outer, inner = (
-        Slots(*(ops.convert_to_tensor(part) for part in slots))
+        Slots(*(ops.convert_to_tensor(part) for part in slots[:4]))
         for slots in (outer, inner)
     )
     slots = numpy_slots(compose_routings(outer, inner))
