@@ -40,8 +40,9 @@ class Subclassed(keras.Model):
         super().__init__()
         self.layer = layer
 
-    def call(self, inputs):
-        return self.layer(inputs)
+    # Without this argument, Keras does not train in training mode.
+    def call(self, inputs, training=None):
+        return self.layer(inputs, training=training)
 
 
 def call(model, x):
