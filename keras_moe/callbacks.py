@@ -59,7 +59,7 @@ class RoutingMonitor(keras.callbacks.Callback):
             `"train"`, `"validation"` or `"test"`; `epoch`; `batch`, `None` for the
             record of an epoch; `step`, the number of training batches so far; the
             values above; `load`, numpy `[e]`, 1 in sum; and of a
-        `BiasBalancedMaskedRouter` `bias`, numpy `[e]`.
+            `BiasBalancedMaskedRouter` `bias`, numpy `[e]`.
 
     Raises:
         ValueError: if an argument is out of range; in training, if the model has no
