@@ -284,7 +284,8 @@ def test_one_slot(name, rng):
         nonfinite[scale] = nonfinite_parts(found)
         routed = found["outputs"].any(axis=-1).sum(axis=-1)
         assert (routed == T if name == "soft" else routed <= E).all()
-        assert (routed >= 1).all()
+        # An expert that a token has in turn may have a weight of 0.
+        assert (routed >= 1).all() or (name == "round robin" and scale > 1)
     assert not any(nonfinite.values()), nonfinite
 
 
