@@ -147,8 +147,6 @@ class RoutingMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._epoch = None
-        if self._histograms:
-            self._histograms.flush()
 
     # Called by users
 
@@ -376,9 +374,6 @@ class _Histograms:
             self._writer.add_event(
                 Event(wall_time=time.time(), step=step, summary=summary)
             )
-
-    def flush(self):
-        """Writes what has been added."""
         self._writer.flush()
 
 

@@ -44,8 +44,8 @@ def route(model, x, training=False):
     def recording(layer):
         compute_routing = layer.compute_routing
 
-        def compute_and_record(tokens, mask, training, report=True):
-            routing = compute_routing(tokens, mask, training, report=False)
+        def compute_and_record(tokens, mask, training, report=True, **kwargs):
+            routing = compute_routing(tokens, mask, training, report=False, **kwargs)
             routings[layer.path] = routing
             return routing
 

@@ -108,6 +108,7 @@ class MultiGateMoeLayer(AdaptableLayer):
             ops.stack(weights, axis=-2), (-1, self.num_tasks, self.num_experts)
         )
         mixtures = ops.matmul(ops.cast(weights, results.dtype), results)  # n tasks h
+        mixtures = ops.cast(mixtures, self.compute_dtype)
         return [
             ops.reshape(mixtures[:, task], ops.shape(inputs))
             for task in range(self.num_tasks)

@@ -13,7 +13,7 @@ from keras_moe.routing.statistics import (
     mean_max_load,
     routing_statistics,
 )
-from keras_moe.routing.values import RouterMask, check_routing
+from keras_moe.routing.values import RouterMask, check_routing, with_expert_index
 from keras_moe.utils import checks
 from keras_moe.utils.composite import CompositeLayer
 
@@ -277,7 +277,7 @@ class Router(LayerMetrics, CompositeLayer):
                 probs, expert_index, expert_capacity, training=training
             )
         check_routing(routing)
-        return routing, logits
+        return with_expert_index(routing), logits
 
     def routing_of_logits(self, logits, probs, expert_capacity, training):
         """Turns logits and probabilities into a routing, by `compute_routing`.

@@ -147,7 +147,8 @@ class TopPMaskedRouter(TokensChooseRouter):
         index, weight = top_k(probs, self.max_selected_experts)
         # The total of the better experts; 0 for the best.
         total = ops.cumsum(ops.stop_gradient(weight), axis=-1) - weight
-        is_needed = total < self.threshold
+        # All choices of a NaN token, whose output is then NaN, too.
+        is_needed = ops.logical_not(total >= self.threshold)
         selection = Selection(
             ops.where(is_needed, index, -1), ops.where(is_needed, weight, 0.0)
         )

@@ -22,7 +22,7 @@ class Slots(NamedTuple):
             any is dropped.
         expert_index: int32 `[g, t, k]`, the experts that each token selected, before
             any is dropped; -1 for none. `[g, t, 0]` where experts choose. Defaults to
-            `None`, unknown.
+            `None`, unknown, which a layer returns as `[g, t, 0]`.
 
     Example:
 
@@ -199,6 +199,14 @@ def check_routing(routing):
             "A router must return `Slots`, `Rows` or a `RouterMask`. "
             f"Received: {type(routing).__name__}."
         )
+
+
+def with_expert_index(routing):
+    """Returns a routing whose selection, if it is not known, is an empty tensor."""
+    if getattr(routing, "expert_index", 0) is not None:
+        return routing
+    shape = (*ops.shape(routing.probs)[:2], 0)
+    return routing._replace(expert_index=ops.zeros(shape, dtype="int32"))
 
 
 def check_has_probs(routing):

@@ -22,6 +22,7 @@ from keras_moe import (
     SoftMoeLayer,
     Top2MaskedRouter,
     TopPMaskedRouter,
+    route,
 )
 from keras_moe.callbacks import BiasUpdateRateScheduler
 from keras_moe.routing import Selection, assign_slots
@@ -301,6 +302,13 @@ def test_the_entropy_loss_lowers_the_number_of_experts(rng):
     assert history[-1] < 0.9 * history[0]
 
 
+def test_a_nonfinite_token_of_top_p_has_a_nonfinite_output(rng):
+    x = inputs(rng, 2, 8)
+    x[1, 3] = np.nan
+    outputs = numpy_call(make_layer(TopPMaskedRouter(E), factor=None), x)
+    assert np.isnan(outputs[1, 3]).all()
+
+
 # In turn
 
 
@@ -397,11 +405,26 @@ def test_given_experts_in_a_model(rng):
     model = keras.Model([tokens, experts], both(tokens, expert_index=experts))
     model.compile(keras.optimizers.SGD(1.0), "mse")
     before = np.copy(moe.router.router_weights.kernel)
+    found = route(model, [x, index])[both.moe.path].expert_index
+    np.testing.assert_array_equal(found, index)
     model.fit([x, index], x, verbose=0)
     assert (np.copy(moe.router.router_weights.kernel) != before).any()
     load = moe.router.log.read()["load"]
     counts = np.bincount(index.ravel(), minlength=E)
     np.testing.assert_allclose(load / load.sum(), counts / counts.sum(), rtol=1e-5)
+
+
+def test_a_custom_routing_without_its_selection(rng):
+    class FirstExpert(MaskedRouter):
+        def compute_routing(self, probs, expert_capacity, training=None):
+            routing = super().compute_routing(probs, expert_capacity, training)
+            return routing._replace(expert_index=None)
+
+    tokens = keras.Input((8, H))
+    outputs, routing = make_layer(FirstExpert(E))(tokens, return_routing=True)
+    model = keras.Model(tokens, [outputs, routing.expert_index])
+    found = model.predict(inputs(rng, 4, 8), verbose=0)
+    assert found[1].shape == (4, 8, 0)
 
 
 def test_experts_cannot_be_given_everywhere(rng):
