@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_moe.kernels import argsort, gather_rows, num_row_shards, scatter_add_rows
 from keras_moe.routing.selection import nonfinite_to_zero, valid_tokens
-from keras_moe.routing.values import Rows, Slots
+from keras_moe.routing.values import Rows, Slots, no_experts
 
 PRIORITIES = ("choice", "token", "probability", "random")
 
@@ -154,7 +154,7 @@ def choose_tokens(probs, expert_capacity):
         weight=ops.where(filled, weight, 0.0),
         probs=probs,
         load=_fractions(ops.sum(ops.cast(filled, "int32"), axis=-1)),
-        expert_index=_no_experts(probs),
+        expert_index=no_experts(probs),
     )
 
 
@@ -184,7 +184,7 @@ def compose_routings(outer, inner):
         weight=ops.reshape(weight * inner.weight, shape),
         probs=ops.repeat(outer.probs, e, axis=-1) / e,
         load=_fractions(counts),
-        expert_index=_no_experts(outer.probs),
+        expert_index=no_experts(outer.probs),
     )
 
 
@@ -200,11 +200,6 @@ def _gather_per_group(row, index):
     groups, experts, capacity = ops.shape(index)
     taken = gather_rows(row, ops.reshape(index, (groups, experts * capacity)))
     return ops.reshape(taken, (groups, experts, capacity))
-
-
-def _no_experts(probs):
-    """Returns the `expert_index` of tokens that select no experts, `[g, t, 0]`."""
-    return ops.zeros((*ops.shape(probs)[:2], 0), dtype="int32")
 
 
 def _counts(index, num_experts):

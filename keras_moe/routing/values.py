@@ -205,8 +205,12 @@ def with_expert_index(routing):
     """Returns a routing whose selection, if it is not known, is an empty tensor."""
     if getattr(routing, "expert_index", 0) is not None:
         return routing
-    shape = (*ops.shape(routing.probs)[:2], 0)
-    return routing._replace(expert_index=ops.zeros(shape, dtype="int32"))
+    return routing._replace(expert_index=no_experts(routing.probs))
+
+
+def no_experts(probs):
+    """Returns the `expert_index` of tokens that select no experts, `[g, t, 0]`."""
+    return ops.zeros((*ops.shape(probs)[:2], 0), dtype="int32")
 
 
 def check_has_probs(routing):
