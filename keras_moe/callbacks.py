@@ -297,9 +297,10 @@ class BiasUpdateRateScheduler(keras.callbacks.Callback):
     """Sets `bias_update_rate` of each `BiasBalancedMaskedRouter` while training.
 
     Args:
-        schedule: function of the number of training batches so far (`iterations` of the
-            optimizer), which returns the rate, such as a
-            `keras.optimizers.schedules.LearningRateSchedule`.
+        schedule: function of the number of updates of the weights so far (`iterations`
+            of the optimizer), which returns the rate, such as a
+            `keras.optimizers.schedules.LearningRateSchedule`. With
+            `steps_per_execution`, all steps of an execution have the same rate.
 
     Raises:
         ValueError: in training, if the model has no such router.
@@ -325,16 +326,24 @@ class BiasUpdateRateScheduler(keras.callbacks.Callback):
                 f"`schedule` must be a function. Received: schedule={schedule!r}."
             )
         self.schedule = schedule
-        self._step = 0
+        # At the beginning of the epoch.
+        self._iterations = None
         self._rate = None
 
     def on_train_begin(self, logs=None):
-        self._step = int(ops.convert_to_numpy(self.model.optimizer.iterations))
         self._rate = None
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._iterations = None
+
     def on_train_batch_begin(self, batch, logs=None):
-        rate = float(ops.convert_to_numpy(self.schedule(self._step)))
-        self._step += 1
+        if self._iterations is None:
+            # Not before: another callback may have restored the optimizer.
+            optimizer = self.model.optimizer
+            self._iterations = int(ops.convert_to_numpy(optimizer.iterations))
+            self._batches_per_update = optimizer.gradient_accumulation_steps or 1
+        step = self._iterations + batch // self._batches_per_update
+        rate = float(ops.convert_to_numpy(self.schedule(step)))
         if rate == self._rate:
             return
         self._rate = rate

@@ -19,9 +19,9 @@ from keras_moe.kernels.plain import (  # noqa: F401
 )
 
 # Keys of the collectives of this package; those of TensorFlow itself begin at 1.
-FIRST_COLLECTIVE = 1_700_000_000
-_groups = weakref.WeakKeyDictionary()  # The key of each strategy.
-_collectives = collections.defaultdict(itertools.count)  # Of each replica.
+_collective_keys = itertools.count(1_700_000_000)
+# The collectives of each traced step: their key, and how many each replica has.
+_collectives = weakref.WeakKeyDictionary()
 
 # The graphs of loops and branches inside a layer, whose name scope precedes this.
 INNER_GRAPH = re.compile(r".+_(while_body|cond_true|cond_false)_\d+$")
@@ -78,14 +78,18 @@ def sum_over_replicas(x):
         )
     # `ReplicaContext.all_reduce` lets the other replicas begin their step, and Keras
     # then discards the losses that layers of this one have added.
-    group = _groups.setdefault(context.strategy, len(_groups))
     replica = int(tf.get_static_value(context.replica_id_in_sync_group))
+    step = _graphs()[-1]
+    if step not in _collectives:
+        counts = collections.defaultdict(itertools.count)
+        _collectives[step] = next(_collective_keys), counts
+    key, counts = _collectives[step]
     # `CollectiveReduceV2` waits forever on CPUs (TensorFlow 2.21).
     return tf.raw_ops.CollectiveReduce(
         input=x,
         group_size=context.num_replicas_in_sync,
-        group_key=FIRST_COLLECTIVE + group,
-        instance_key=FIRST_COLLECTIVE + next(_collectives[group, replica]),
+        group_key=key,
+        instance_key=next(counts[replica]),
         merge_op="Add",
         final_op="Id",
         subdiv_offsets=[0],
@@ -166,14 +170,16 @@ def _one_by_one(rows, kernel, group_sizes):
 
 
 def loss_is_reachable(loss):
-    if tf.executing_eagerly():
-        return True
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None:
-        if INNER_GRAPH.match(getattr(graph, "name", "")):
-            return False
-        graph = getattr(graph, "outer_graph", None)
-    return True
+    return not any(INNER_GRAPH.match(graph.name) for graph in _graphs())
+
+
+def _graphs():
+    """Returns the graphs that are being traced, those of inner functions first."""
+    graphs, graph = [], tf.compat.v1.get_default_graph()
+    while hasattr(graph, "outer_graph"):  # Without the one of eager execution.
+        graphs.append(graph)
+        graph = graph.outer_graph
+    return graphs
 
 
 class ForwardPasses:

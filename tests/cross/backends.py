@@ -14,13 +14,14 @@ def run(program, backend, folder):
     run_python("-c", program, folder, backend=backend)
 
 
-def run_python(*arguments, backend, **environment):
-    """Runs Python with the tests on its path."""
+def run_python(*arguments, backend, timeout=None, **environment):
+    """Runs Python with the tests on its path, for at most `timeout` seconds."""
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         env=process_environment(backend, **environment),
         capture_output=True,
         text=True,
+        timeout=timeout,
     )
     assert result.returncode == 0, f"{backend}: {result.stderr[-3000:]}"
 

@@ -99,3 +99,46 @@ def test_adapters_and_quantized_experts_on_several_devices():
     """Split over the mesh 2 x 4 with their scales, as on one device."""
     flags = "--xla_force_host_platform_device_count=8"
     run_python("-c", ADAPTED, backend="jax", XLA_FLAGS=flags)
+
+
+FAILED_STEP = """
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_moe
+
+(cpu,) = tf.config.list_physical_devices("CPU")
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(cpu, two)
+must_fail = True
+
+class Failing(keras.layers.Layer):
+    def call(self, inputs):
+        context = tf.distribute.get_replica_context()
+        if must_fail and context is not None and context.num_replicas_in_sync == 2:
+            if tf.get_static_value(context.replica_id_in_sync_group) == 0:
+                raise RuntimeError("only on the first replica")
+        return inputs
+
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    inputs = keras.Input((8, 16))
+    layer = keras_moe.MoeLayer(
+        keras_moe.FeedForwardExperts(4, 8),
+        keras_moe.BiasBalancedMaskedRouter(4, bias_update_rate=0.1))
+    model = keras.Model(inputs, Failing()(layer(inputs)))
+    model.compile("sgd", "mse")
+x = np.random.default_rng(0).normal(size=(8, 8, 16))
+try:
+    model.fit(x, x, batch_size=4, verbose=0)
+    raise AssertionError("The step did not fail.")
+except RuntimeError:
+    must_fail = False
+model.fit(x, x, batch_size=4, verbose=0)
+assert np.abs(layer.router.expert_bias.numpy()).max() > 0
+"""
+
+
+def test_replicas_train_after_a_step_that_failed_on_one():
+    """The replicas must not wait for sums of the failed step."""
+    run_python("-c", FAILED_STEP, backend="tensorflow", timeout=300)

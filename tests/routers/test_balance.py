@@ -182,6 +182,54 @@ def test_the_scheduler_of_the_rate(rng):
     assert router.bias_update_rate == 0.25
 
 
+def test_the_scheduler_counts_updates_of_the_weights(rng):
+    x, seen = inputs(rng, 8, 8), []
+
+    def schedule(step):
+        seen.append(step)
+        return 0.1 * step
+
+    model = compiled(make_layer(BiasBalancedMaskedRouter(E)), (8, H))
+    scheduler = BiasUpdateRateScheduler(schedule)
+    fit = {"batch_size": 1, "epochs": 2, "callbacks": [scheduler], "verbose": 0}
+    optimizer = keras.optimizers.SGD(gradient_accumulation_steps=2)
+    model.compile(optimizer, "mse")
+    model.fit(x, x, **fit)
+    assert seen == [i // 2 for i in range(16)]
+    assert int(optimizer.iterations) == 8
+    if keras.backend.backend() == "torch":
+        return  # It has one step per execution.
+    seen.clear()
+    model.compile("sgd", "mse", steps_per_execution=3)
+    model.fit(x, x, **fit)
+    assert seen == [0, 3, 6, 8, 11, 14]
+
+
+def test_the_scheduler_goes_on_after_a_restored_backup(rng, tmp_path):
+    x, seen = inputs(rng, 4, 8), []
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            raise KeyboardInterrupt
+
+    def schedule(step):
+        seen.append(step)
+        return 0.1
+
+    model = compiled(make_layer(BiasBalancedMaskedRouter(E)), (8, H))
+    # The first one, whose turn comes before the restored backup.
+    callbacks = [
+        BiasUpdateRateScheduler(schedule),
+        keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+    ]
+    fit = {"batch_size": 2, "epochs": 2, "verbose": 0}
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(x, x, callbacks=[*callbacks, Interrupt()], **fit)
+    model = compiled(make_layer(BiasBalancedMaskedRouter(E)), (8, H))
+    model.fit(x, x, callbacks=callbacks, **fit)
+    assert seen == [0, 1, 2, 3]
+
+
 def test_the_scheduler_needs_a_bias(rng):
     x = inputs(rng, 2, 8)
     model = compiled(make_layer(MaskedRouter(E)), (8, H))
