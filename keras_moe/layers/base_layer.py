@@ -184,7 +184,12 @@ class BaseMoeLayer(AdaptableLayer):
             return {}
         self._check_expert_index(expert_index, inputs.shape, tokens.shape)
         index = ops.cast(expert_index, "int32")
-        if len(index.shape) != 3 or not _same_shape(index.shape[:2], tokens.shape[:2]):
+        of_index, of_inputs, of_tokens = (
+            tuple(x.shape[:-1]) for x in (index, inputs, tokens)
+        )
+        # Where sizes are unknown, both shapes may fit.
+        in_groups = of_index == of_tokens != of_inputs
+        if _same_shape(of_index, of_inputs) and not in_groups:
             # Padding, which is 0, becomes -1.
             index = group(index + 1, None, self.examples_per_group)[0] - 1
         return {"expert_index": index}

@@ -108,6 +108,7 @@ import tensorflow as tf
 
 import keras_moe
 
+keras.utils.set_random_seed(0)
 (cpu,) = tf.config.list_physical_devices("CPU")
 two = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(cpu, two)
@@ -130,11 +131,11 @@ with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     model.compile("sgd", "mse")
 x = np.random.default_rng(0).normal(size=(8, 8, 16))
 try:
-    model.fit(x, x, batch_size=4, verbose=0)
+    model.fit(x, x, batch_size=8, verbose=0)
     raise AssertionError("The step did not fail.")
 except RuntimeError:
     must_fail = False
-model.fit(x, x, batch_size=4, verbose=0)
+model.fit(x, x, batch_size=8, verbose=0)
 assert np.abs(layer.router.expert_bias.numpy()).max() > 0
 """
 

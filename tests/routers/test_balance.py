@@ -443,23 +443,41 @@ def test_given_experts_in_the_shape_of_the_inputs(rng):
                 np.testing.assert_allclose(outputs[example, token], total, atol=1e-5)
 
 
-def test_given_experts_in_a_model(rng):
+@pytest.mark.parametrize("examples", [1.0, 0.5, 2.0, None])
+@pytest.mark.parametrize("length", [10, None])
+def test_given_experts_in_a_model(length, examples, rng):
     """As an input of a functional model, whose gate is trained."""
     x = inputs(rng, 4, 10)
     index = rng.integers(0, E, size=(4, 10, 2)).astype("int32")
-    tokens, experts = keras.Input((10, H)), keras.Input((10, 2), dtype="int32")
-    moe = make_layer(MaskedRouter(E, num_selected_experts=2), None)
+    tokens, experts = keras.Input((length, H)), keras.Input((length, 2), dtype="int32")
+    router = MaskedRouter(E, num_selected_experts=2)
+    moe = make_layer(router, None, examples_per_group=examples)
     both = MoeLayerWithBackbone(moe, F)
     model = keras.Model([tokens, experts], both(tokens, expert_index=experts))
     model.compile(keras.optimizers.SGD(1.0), "mse")
     before = np.copy(moe.router.router_weights.kernel)
     found = route(model, [x, index])[both.moe.path].expert_index
-    np.testing.assert_array_equal(found, index)
-    model.fit([x, index], x, verbose=0)
+    np.testing.assert_array_equal(np.reshape(found, index.shape), index)
+    model.fit([x, index], x, batch_size=3, verbose=0)
     assert (np.copy(moe.router.router_weights.kernel) != before).any()
     load = moe.router.log.read()["load"]
     counts = np.bincount(index.ravel(), minlength=E)
     np.testing.assert_allclose(load / load.sum(), counts / counts.sum(), rtol=1e-5)
+
+
+def test_a_routing_replayed_in_a_model(rng):
+    """Both layers have one group of all tokens, whose number is unknown."""
+    tokens = keras.Input((10, H))
+    first, second = (
+        make_layer(MaskedRouter(E), None, examples_per_group=None) for _ in range(2)
+    )
+    x, routing = first(tokens, return_routing=True)
+    model = keras.Model(tokens, second(x, expert_index=routing.expert_index))
+    model.compile("sgd", "mse")
+    x = inputs(rng, 4, 10)
+    model.fit(x, x, batch_size=3, verbose=0)
+    loads = [layer.router.log.read()["load"] for layer in (first, second)]
+    np.testing.assert_allclose(*loads, rtol=1e-5)
 
 
 def test_a_custom_routing_without_its_selection(rng):
