@@ -236,7 +236,7 @@ class RoutingMonitor(keras.callbacks.Callback):
                 "step": self._step,
             }
             self.history.append({**position, **figures})
-            self._warn_if_collapsed(layer, router, figures["load"])
+            self._warn_if_collapsed(layer, figures)
             self._warn_if_dropped(layer, phase, figures["left_behind"])
             experts = {n: figures.pop(n) for n in ("load", "bias") if n in figures}
             if self._histograms and batch is None:
@@ -260,10 +260,12 @@ class RoutingMonitor(keras.callbacks.Callback):
             "load": load,
         }
 
-    def _warn_if_collapsed(self, layer, router, load):
-        experts, k = len(load), router.experts_per_token or 1
+    def _warn_if_collapsed(self, layer, figures):
+        load = figures["load"]
+        experts, k = len(load), max(figures["experts_per_token"], 1.0)
         if experts <= k or not load.any():
             return
+        # 0 if all tokens select the same k experts, 1 for a balanced load.
         spread = (np.exp(_entropy(load)) - k) / (experts - k)
         if spread < self.collapsed_below:
             busiest = np.flatnonzero(load > 1 / experts)

@@ -174,7 +174,7 @@ def layer_cost(layer, tokens_per_group):
         computed = k if slots is None else slots / tokens
         capacity = None if slots is None else slots // experts
         drops = None
-        if capacity and k and isinstance(layer, MoeLayer):
+        if capacity and k and _has_fixed_number(layer):
             drops = expected_drops(tokens, experts, k, capacity)
         result |= {f"{phase}_capacity": capacity, f"{phase}_drops": drops}
 
@@ -189,6 +189,13 @@ def layer_cost(layer, tokens_per_group):
     result["active_parameters"] = active and round(active)
     result["flops_per_token"] = met and round(2 * met)
     return result
+
+
+def _has_fixed_number(layer):
+    """Returns whether every token of a layer selects the same number of experts."""
+    if not isinstance(layer, MoeLayer):
+        return False
+    return layer.router.min_experts_per_token == layer.router.experts_per_token
 
 
 def expected_drops(tokens, num_experts, k, capacity):

@@ -311,7 +311,7 @@ def _indices(indices, layer):
             f"`indices` must be a list of experts from 0 to {e - 1}. "
             f"Received: indices={indices!r}."
         )
-    k = layer.experts_per_token or 1
+    k = layer.router.min_experts_per_token or 1
     if len(found) < k:
         raise ValueError(
             f"`indices` must have at least {k} experts, which a token selects. "

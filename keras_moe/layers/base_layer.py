@@ -175,7 +175,7 @@ class BaseMoeLayer(AdaptableLayer):
 
     def _group(self, inputs, mask):
         self._check_input_shape(inputs.shape)
-        _check_mask_shape(mask, inputs)
+        check_mask_shape(mask, inputs)
         return group(inputs, mask, self.examples_per_group)
 
     def _given_experts(self, expert_index, inputs, tokens):
@@ -245,7 +245,7 @@ class BaseMoeLayer(AdaptableLayer):
         router_inputs=None,
         expert_index=None,
     ):
-        _check_mask_shape(mask, inputs)
+        check_mask_shape(mask, inputs)
         _check_router_inputs_shape(router_inputs, inputs)
         if expert_index is not None:
             self._check_expert_index(expert_index, inputs.shape, (None, None, None))
@@ -299,7 +299,8 @@ def build_experts(experts, hidden, dtype):
         )
 
 
-def _check_mask_shape(mask, inputs):
+def check_mask_shape(mask, inputs):
+    """Raises an error if a mask does not have the shape of the inputs."""
     if mask is not None and not _same_shape(mask.shape, inputs.shape[:-1]):
         raise ValueError(
             "`mask` must have the shape of the inputs without the last axis, "

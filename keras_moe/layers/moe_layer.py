@@ -200,7 +200,7 @@ class MoeLayer(CapacityMoeLayer):
     def _warn_if_balanced_load_is_dropped(self):
         if self.min_expert_capacity > 1:
             return  # The capacity may be larger.
-        k = self.router.experts_per_token or 0
+        k = self.router.min_experts_per_token or 0
         factors = (self.train_capacity_factor, self.eval_capacity_factor)
         factor = min((f for f in factors if f is not None), default=k)
         if factor < k:

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.experts.adaptation import AdaptableLayer
-from keras_moe.layers.base_layer import build_experts, count_experts
+from keras_moe.layers.base_layer import build_experts, check_mask_shape, count_experts
 from keras_moe.routers import Gate
 from keras_moe.utils import checks
 
@@ -35,6 +35,8 @@ class MultiGateMoeLayer(AdaptableLayer):
 
     Call arguments:
         inputs: `[batch, ..., h]`.
+        mask: bool `[batch, ...]`, false for a masked token, whose outputs are 0.
+            Defaults to `None`, the implicit Keras mask of the inputs.
         training: bool.
 
     Returns:
@@ -88,6 +90,7 @@ class MultiGateMoeLayer(AdaptableLayer):
             )
             for i in range(self.num_tasks)
         ]
+        self.supports_masking = True
 
     def build(self, input_shape):
         self.built_shape = tuple(input_shape)
@@ -97,8 +100,13 @@ class MultiGateMoeLayer(AdaptableLayer):
         build_experts(self.experts, input_shape[-1], self.compute_dtype)
         self.restore_trainable()
 
-    def call(self, inputs, training=None):
+    def call(self, inputs, mask=None, training=None):
+        check_mask_shape(mask, inputs)
         inputs = ops.cast(inputs, self.compute_dtype)
+        if mask is not None:
+            mask = ops.expand_dims(ops.cast(mask, "bool"), -1)
+            # The values of a masked token, NaN included, have no effect.
+            inputs = ops.where(mask, inputs, 0)
         rows = ops.reshape(inputs, (1, 1, -1, inputs.shape[-1]))
         rows = ops.repeat(rows, self.num_experts, axis=1)
         results = self.experts(rows, training=training)[0]  # e n h
@@ -109,10 +117,14 @@ class MultiGateMoeLayer(AdaptableLayer):
         )
         mixtures = ops.matmul(ops.cast(weights, results.dtype), results)  # n tasks h
         mixtures = ops.cast(mixtures, self.compute_dtype)
-        return [
+        outputs = [
             ops.reshape(mixtures[:, task], ops.shape(inputs))
             for task in range(self.num_tasks)
         ]
+        return outputs if mask is None else [ops.where(mask, y, 0) for y in outputs]
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return None if previous_mask is None else [previous_mask] * self.num_tasks
 
     def _adaptable_parts(self):
         return [self.experts]
@@ -120,7 +132,8 @@ class MultiGateMoeLayer(AdaptableLayer):
     def compute_output_shape(self, input_shape):
         return [input_shape] * self.num_tasks
 
-    def compute_output_spec(self, inputs, training=None):
+    def compute_output_spec(self, inputs, mask=None, training=None):
+        check_mask_shape(mask, inputs)
         return [
             keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
             for _ in range(self.num_tasks)

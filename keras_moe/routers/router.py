@@ -87,6 +87,8 @@ class Router(LayerMetrics, CompositeLayer):
         metric_names: tuple of the names that `export_metrics` accepts.
         experts_per_token: int, the largest number of experts of a token; `None` if a
             token may have any number, as where experts choose. A subclass sets it.
+        min_experts_per_token: int, the smallest number, before any is dropped; the
+            same as `experts_per_token` unless a subclass sets it.
         supports_dropless: bool, whether `compute_routing` accepts `None` as
             `expert_capacity`. A subclass sets it. Defaults to `False`.
         load_balancing_loss_weight: float, the weight of `load_balancing_loss`. Defaults
@@ -169,6 +171,10 @@ class Router(LayerMetrics, CompositeLayer):
         self._losses_outlet = LossOutlet(self)
         self.input_spec = keras.InputSpec(ndim=3)
         self.supports_masking = True
+
+    @property
+    def min_experts_per_token(self):
+        return self.experts_per_token
 
     def build(self, input_shape):
         if not self.router_weights.built:

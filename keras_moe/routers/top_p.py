@@ -12,7 +12,6 @@ from keras_moe.routing.selection import (
     normalized,
     select_given,
     top_k,
-    valid_tokens,
 )
 from keras_moe.routing.statistics import num_selected
 from keras_moe.utils import checks
@@ -88,6 +87,7 @@ class TopPMaskedRouter(TokensChooseRouter):
     """
 
     metric_names = (*Router.metric_names, "experts_per_token")
+    min_experts_per_token = 1
     supports_dropless = True
 
     def __init__(
@@ -129,11 +129,11 @@ class TopPMaskedRouter(TokensChooseRouter):
             **kwargs,
         )
         self.threshold = checks.number("threshold", threshold, above=True, below=1)
-        if max_selected_experts is None:
-            max_selected_experts = self.num_experts
-        self.max_selected_experts = checks.whole_number(
-            "max_selected_experts", max_selected_experts, maximum=self.num_experts
-        )
+        self.max_selected_experts = None
+        if max_selected_experts is not None:
+            self.max_selected_experts = checks.whole_number(
+                "max_selected_experts", max_selected_experts, maximum=self.num_experts
+            )
         self.normalize_weights = checks.boolean("normalize_weights", normalize_weights)
         self.entropy_loss_weight = checks.number(
             "entropy_loss_weight", entropy_loss_weight
@@ -141,10 +141,10 @@ class TopPMaskedRouter(TokensChooseRouter):
 
     @property
     def experts_per_token(self):
-        return self.max_selected_experts
+        return self.max_selected_experts or self.num_experts
 
     def compute_routing(self, probs, expert_capacity, training=None):
-        index, weight = top_k(probs, self.max_selected_experts)
+        index, weight = top_k(probs, self.experts_per_token)
         # The total of the better experts; 0 for the best.
         total = ops.cumsum(ops.stop_gradient(weight), axis=-1) - weight
         # All choices of a NaN token, whose output is then NaN, too.
@@ -162,12 +162,11 @@ class TopPMaskedRouter(TokensChooseRouter):
             selection = selection._replace(weight=normalized(selection.weight))
         return assign_slots(selection, probs, expert_capacity)
 
-    def report(self, routing, logits, mask):
-        super().report(routing, logits, mask)
+    def add_losses_and_metrics(self, routing, *, valid, **kwargs):
+        super().add_losses_and_metrics(routing, valid=valid, **kwargs)
         if self.entropy_loss_weight:
             entropy = losses.router_entropy_loss(routing.probs)
             self._add_weighted_loss(entropy, self.entropy_loss_weight)
-        valid = ops.sum(ops.cast(valid_tokens(routing.probs), "float32"))
         self.add_metrics(
             {"experts_per_token": num_selected(routing) / ops.maximum(valid, 1.0)},
             weight=ops.cast(valid > 0, "float32"),

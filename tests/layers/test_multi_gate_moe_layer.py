@@ -86,6 +86,40 @@ def test_adapters_quantization_and_mixed_precision(rng):
     assert {keras.backend.standardize_dtype(y.dtype) for y in mixed} == {"bfloat16"}
 
 
+def test_masked_tokens(rng):
+    """They have no effect, not even as NaN, and each output has the mask."""
+    x = rng.normal(size=(4, 5, H)).astype("float32")
+    mask = rng.random((4, 5)) < 0.6
+    layer = make_layer(use_bias=True)
+    expected = [ops.convert_to_numpy(y) for y in layer(x)]
+    x[~mask] = np.nan
+    outputs = [ops.convert_to_numpy(y) for y in layer(x, mask=mask)]
+    for found, y in zip(outputs, expected, strict=True):
+        np.testing.assert_allclose(found[mask], y[mask], atol=1e-6)
+        np.testing.assert_array_equal(found[~mask], 0)
+    with pytest.raises(ValueError, match="mask"):
+        layer(x, mask=mask[:, :3])
+    tokens = keras.Input((5,), dtype="int32")
+    embedded = keras.layers.Embedding(9, H, mask_zero=True)(tokens)
+    model = keras.Model(tokens, make_layer()(embedded))
+    model.compile("sgd", ["mse"] * TASKS)
+    index = np.where(mask, 3, 0)
+    targets = np.where(mask[..., None], call(model, index)[0], 1e6)
+    losses = model.evaluate(index, [targets] * TASKS, verbose=0)
+    assert losses[1] == 0 and max(losses) < 100
+
+
+def test_a_masked_token_that_is_not_finite_leaves_training_finite(rng):
+    x = rng.normal(size=(4, 5, H)).astype("float32")
+    mask = rng.random((4, 5)) < 0.6
+    tokens, masks = keras.Input((5, H)), keras.Input((5,), dtype="bool")
+    model = keras.Model([tokens, masks], make_layer()(tokens, mask=masks))
+    model.compile("sgd", ["mse"] * TASKS)
+    targets = [x] * TASKS
+    model.fit([np.where(mask[..., None], x, np.inf), mask], targets, verbose=0)
+    assert all(np.isfinite(np.copy(w)).all() for w in model.weights)
+
+
 def test_different_experts(rng):
     x = rng.normal(size=(8, H)).astype("float32")
     experts = HeterogeneousExperts([keras.layers.Dense(H), FeedForward(F)])

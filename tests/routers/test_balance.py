@@ -23,8 +23,10 @@ from keras_moe import (
     Top2MaskedRouter,
     TopPMaskedRouter,
     route,
+    select_experts,
 )
-from keras_moe.callbacks import BiasUpdateRateScheduler
+from keras_moe.callbacks import BiasUpdateRateScheduler, RoutingMonitor
+from keras_moe.inspection import layer_cost
 from keras_moe.routing import Selection, assign_slots
 
 
@@ -348,6 +350,26 @@ def test_the_entropy_loss_lowers_the_number_of_experts(rng):
     model = compiled(make_layer(router, factor=None, name="moe"), (16, H))
     history = model.fit(x, x, epochs=8, verbose=0).history["moe/experts_per_token"]
     assert history[-1] < 0.9 * history[0]
+
+
+@pytest.mark.filterwarnings("error:A capacity factor")
+def test_top_p_without_a_maximum(rng):
+    """The number of experts is not fixed, and is not written to files."""
+    x = inputs(rng, 4, 16)
+    router = TopPMaskedRouter(E)
+    layer = make_layer(router, factor=1.0, name="moe")
+    model = compiled(layer, (16, H))
+    assert router.get_config()["max_selected_experts"] is None
+    assert layer_cost(layer, 16)["train_drops"] is None
+    pruned = select_experts(layer, [0, 2])
+    assert pruned.router.experts_per_token == 2
+    np.testing.assert_array_equal(
+        pruned.router.router_weights.kernel,
+        np.copy(router.router_weights.kernel)[:, [0, 2]],
+    )
+    router.router_weights.bias.assign([0.0, 0.0, 50.0, 0.0])
+    with pytest.warns(UserWarning, match=r"moe has collapsed.*\[2\] have 100%"):
+        model.evaluate(x, x, callbacks=[RoutingMonitor(dropped_above=1.0)], verbose=0)
 
 
 def test_a_nonfinite_token_of_top_p_has_a_nonfinite_output(rng):
