@@ -13,6 +13,7 @@ from keras_moe.utils import checks
 # Its square, summed over a billion tokens, is finite in float32.
 LARGEST_LOGSUMEXP = 1e14
 SMALLEST_PROBABILITY = 1e-30
+SMALLEST_NOISE = 1e-6
 
 
 def load_balancing_loss(probs, load, per_group=True, across_replicas=False):
@@ -141,7 +142,7 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
         logits: float32 `[g, t, e]`, without noise.
         noisy_logits: float32 `[g, t, e]`, `logits` plus Gaussian noise.
         noise_std: float, or float32 that broadcasts to `[g, t, e]`, the standard
-            deviation `σ` of the noise, above 0.
+            deviation `σ` of the noise; at least 1e-6 is used.
         num_selected_experts: int, the number `k` of experts per token, below `e`.
         mask: bool `[g, t]`, false for a masked token. Defaults to `None`, no mask.
 
@@ -167,7 +168,7 @@ def load_loss(logits, noisy_logits, noise_std, num_selected_experts, mask=None):
     kth, next_one = best[..., k - 1 : k], best[..., k : k + 1]
     # Without an expert of the k best, the next one is the k-th of the others.
     threshold = ops.where(noisy_logits >= kth, next_one, kth)
-    normal = (logits - threshold) / noise_std
+    normal = (logits - threshold) / ops.maximum(noise_std, SMALLEST_NOISE)
     probability = 0.5 * (1.0 + ops.erf(normal / math.sqrt(2)))
     if mask is not None:
         probability = ops.where(ops.expand_dims(mask, -1), probability, 0.0)

@@ -61,6 +61,7 @@ CASES = {
     keras_moe.BiasBalancedMaskedRouter: (lambda: {"num_experts": E}, with_router),
     keras_moe.Top2MaskedRouter: (lambda: {"num_experts": E}, with_router),
     keras_moe.SparseMixerRouter: (lambda: {"num_experts": E}, with_router),
+    keras_moe.TopPMaskedRouter: (lambda: {"num_experts": E}, with_router),
     keras_moe.activations.ClampedSwiGLU: (dict, with_activation),
     FeedForward: (lambda: SIZES, ITSELF),
     FeedForwardExperts: (lambda: {"num_experts": E, **SIZES}, with_experts),
@@ -94,6 +95,7 @@ ALSO = {
     "num_experts": ("num_selected_experts", "num_expert_groups"),
     "num_selected_groups": ("num_selected_experts",),
     "num_expert_groups": ("num_selected_groups",),
+    "load_loss_weight": ("noise_std",),
 }
 
 

@@ -55,6 +55,9 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         balance_scope: string, the tokens over which the balance loss is computed:
             `"group"`, those of each group; `"batch"`, those of all groups, in training
             including those of other replicas and processes. Defaults to `"group"`.
+        importance_loss_weight: float, see `MaskedRouter`. Defaults to 0.
+        load_loss_weight: float, see `MaskedRouter`; the bias does not count. Defaults
+            to 0.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         mechanism: string, `"sigmoid"`, `"softmax"` or `"sqrt_softplus"`, see `Gate`.
@@ -117,6 +120,8 @@ class BiasBalancedMaskedRouter(MaskedRouter):
         overflow="drop",
         load_balancing_loss_weight=0.0,
         balance_scope="group",
+        importance_loss_weight=0.0,
+        load_loss_weight=0.0,
         hidden_layers=None,
         mechanism="sigmoid",
         noise_std=0.0,
@@ -146,6 +151,8 @@ class BiasBalancedMaskedRouter(MaskedRouter):
             overflow=overflow,
             load_balancing_loss_weight=load_balancing_loss_weight,
             balance_scope=balance_scope,
+            importance_loss_weight=importance_loss_weight,
+            load_loss_weight=load_loss_weight,
             hidden_layers=hidden_layers,
             mechanism=checks.one_of("mechanism", mechanism, SCORES),
             noise_std=noise_std,

@@ -44,10 +44,14 @@ class Gate(CompositeLayer):
         inputs: `[batch, ..., h]`.
         training: bool, whether to add noise.
         return_logits: bool.
+        return_noise: bool.
 
     Returns:
         float32 probabilities `[batch, ..., e]`, 1 in sum (except for independent
         scores). With `return_logits`, a pair of these and the logits without noise.
+        With `return_noise`, four values: these two, the logits with noise, and the
+        standard deviation of the noise, `[batch, ..., e]` if it is learned and
+        otherwise a float.
 
     Raises:
         ValueError: if an argument is out of range, or the mechanism is unknown.
@@ -152,14 +156,15 @@ class Gate(CompositeLayer):
             self.bias = self.add_weight(name="bias", shape=bias_shape, initializer=bias)
         self.restore_trainable()
 
-    def call(self, inputs, training=None, return_logits=False):
+    def call(self, inputs, training=None, return_logits=False, return_noise=False):
         x = self._features(self._jittered(inputs) if training else inputs)
         logits = ops.matmul(x, self.kernel)
         if self.bias is not None:
             logits = logits + self.bias
-        probs = self._probabilities(
-            self._noisy(logits, x) if training else logits, training
-        )
+        noisy, std = self._with_noise(logits, x) if training else (logits, 0.0)
+        probs = self._probabilities(noisy, training)
+        if return_noise:
+            return probs, logits, noisy, std
         return (probs, logits) if return_logits else probs
 
     def _features(self, x):
@@ -205,19 +210,17 @@ class Gate(CompositeLayer):
             seed=self.seed_generator,
         )
 
-    def _noisy(self, logits, x):
-        if not self.noise_std:
-            return logits
-        is_learned = self.noise_std == LEARNED
+    def _with_noise(self, logits, x):
+        """Returns logits with noise, and the standard deviation of the noise."""
+        std = self.noise_std
+        if not std:
+            return logits, 0.0
+        if std == LEARNED:
+            std = ops.softplus(ops.matmul(x, self.noise_kernel))
         noise = keras.random.normal(
-            ops.shape(logits),
-            stddev=1.0 if is_learned else self.noise_std,
-            dtype="float32",
-            seed=self.seed_generator,
+            ops.shape(logits), dtype="float32", seed=self.seed_generator
         )
-        if is_learned:
-            noise = noise * ops.softplus(ops.matmul(x, self.noise_kernel))
-        return logits + noise
+        return logits + std * noise, std
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Does nothing, so that quantization does not change the routing."""
@@ -225,7 +228,13 @@ class Gate(CompositeLayer):
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.num_experts)
 
-    def compute_output_spec(self, inputs, training=None, return_logits=False):
+    def compute_output_spec(
+        self, inputs, training=None, return_logits=False, return_noise=False
+    ):
+        if return_noise:
+            return keras.Operation.compute_output_spec(
+                self, inputs, training=training, return_noise=True
+            )
         shape = self.compute_output_shape(inputs.shape)
         probs, logits = (keras.KerasTensor(shape, dtype="float32") for _ in range(2))
         return (probs, logits) if return_logits else probs

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe.losses import importance_loss
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routing.placement import PRIORITIES, assign_slots, selection_load
 from keras_moe.routing.selection import (
@@ -13,6 +14,7 @@ from keras_moe.routing.selection import (
     top_k,
     within_best_groups,
 )
+from keras_moe.routing.values import check_has_probs
 from keras_moe.utils import checks
 
 
@@ -57,6 +59,10 @@ class MaskedRouter(TokensChooseRouter):
         balance_scope: string, the tokens over which the balance loss is computed:
             `"group"`, those of each group; `"batch"`, those of all groups, in training
             including those of other replicas and processes. Defaults to `"group"`.
+        importance_loss_weight: float, the weight of `keras_moe.losses.importance_loss`,
+            which is added in training and evaluation. Defaults to 0.
+        load_loss_weight: float, the weight of `keras_moe.losses.load_loss`, which is
+            added in training. It needs `noise_std`. Defaults to 0.
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         mechanism: string, see `Gate`. Defaults to `"softmax"`.
@@ -102,7 +108,8 @@ class MaskedRouter(TokensChooseRouter):
         [Riquelme et al., 2021](https://arxiv.org/abs/2106.05974) for
         `priority="probability"`;
         [DeepSeek-AI, 2024](https://arxiv.org/abs/2405.04434), section 2.2.2, for groups
-        of experts.
+        of experts; [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538), section 4,
+        for the importance loss, appendix A for the load loss.
     """
 
     supports_dropless = True
@@ -123,6 +130,8 @@ class MaskedRouter(TokensChooseRouter):
         overflow="drop",
         load_balancing_loss_weight=0.01,
         balance_scope="group",
+        importance_loss_weight=0.0,
+        load_loss_weight=0.0,
         hidden_layers=None,
         mechanism="softmax",
         noise_std=0.0,
@@ -153,6 +162,10 @@ class MaskedRouter(TokensChooseRouter):
             name=name,
             **kwargs,
         )
+        self.importance_loss_weight = checks.number(
+            "importance_loss_weight", importance_loss_weight
+        )
+        self.load_loss_weight = checks.number("load_loss_weight", load_loss_weight)
         self.num_expert_groups = checks.whole_number(
             "num_expert_groups", num_expert_groups
         )
@@ -195,6 +208,14 @@ class MaskedRouter(TokensChooseRouter):
             raise ValueError(
                 '`mechanism="gumbel"` selects one expert per token. '
                 f"Received: num_selected_experts={num_selected_experts}."
+            )
+        if self.load_loss_weight and not (
+            self.noise_std and self.num_selected_experts < self.num_experts
+        ):
+            raise ValueError(
+                "`load_loss_weight` needs `noise_std`, and `num_selected_experts` "
+                f"below the number of experts. Received: noise_std={noise_std!r}, "
+                f"num_selected_experts={num_selected_experts}."
             )
 
     @property
@@ -277,9 +298,19 @@ class MaskedRouter(TokensChooseRouter):
             weight = weight * ops.take(scale, ops.maximum(selection.expert_index, 0))
         return weight
 
+    def add_losses_and_metrics(self, routing, **kwargs):
+        super().add_losses_and_metrics(routing, **kwargs)
+        if self.importance_loss_weight:
+            check_has_probs(routing)
+            self._add_weighted_loss(
+                importance_loss(routing.probs), self.importance_loss_weight
+            )
+
     def get_config(self):
         return {
             **super().get_config(),
+            "importance_loss_weight": self.importance_loss_weight,
+            "load_loss_weight": self.load_loss_weight,
             "num_selected_experts": self.num_selected_experts,
             "normalize_weights": self.normalize_weights,
             "normalization_epsilon": self.normalization_epsilon,

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_moe.kernels.state import LossOutlet
-from keras_moe.losses import router_z_loss
+from keras_moe.losses import load_loss, router_z_loss
 from keras_moe.metrics import LayerMetrics
 from keras_moe.routers.gate import Gate
 from keras_moe.routers.routing_log import RoutingLog
@@ -93,6 +93,8 @@ class Router(LayerMetrics, CompositeLayer):
             `expert_capacity`. A subclass sets it. Defaults to `False`.
         load_balancing_loss_weight: float, the weight of `load_balancing_loss`. Defaults
             to 0.
+        load_loss_weight: float, the weight of `keras_moe.losses.load_loss`, which is
+            added in training. It needs a gate with noise. Defaults to 0.
 
     Example:
 
@@ -116,6 +118,7 @@ class Router(LayerMetrics, CompositeLayer):
         "max_load",
     )
     load_balancing_loss_weight = 0.0
+    load_loss_weight = 0.0
     experts_per_token = None
     supports_dropless = False
     # Set before `__init__`, where Keras may read `variables`.
@@ -227,12 +230,15 @@ class Router(LayerMetrics, CompositeLayer):
     def call(
         self, inputs, *, expert_capacity, mask=None, training=None, expert_index=None
     ):
-        routing, logits = self._route(
+        routing, logits, *noise = self._route(
             inputs, expert_capacity, mask, training, expert_index
         )
         self._is_training = bool(training)
         self.report(routing, logits, mask)
         self._is_training = False
+        if training and self.load_loss_weight:
+            loss = load_loss(logits, *noise, self.experts_per_token, mask)
+            self._add_weighted_loss(loss, self.load_loss_weight)
         return self.with_attached_losses(routing)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
@@ -271,19 +277,21 @@ class Router(LayerMetrics, CompositeLayer):
         return self._route(inputs, expert_capacity, mask, training, expert_index)[0]
 
     def _route(self, inputs, expert_capacity, mask, training, expert_index):
-        probs, logits = self.router_weights(
-            inputs, training=training, return_logits=True
+        probs, *logits_and_noise = self.router_weights(
+            inputs, training=training, return_noise=True
         )
         if mask is not None:
             probs = ops.where(ops.expand_dims(mask, -1), probs, 0.0)
         if expert_index is None:
-            routing = self.routing_of_logits(logits, probs, expert_capacity, training)
+            routing = self.routing_of_logits(
+                logits_and_noise[0], probs, expert_capacity, training
+            )
         else:
             routing = self.replay_routing(
                 probs, expert_index, expert_capacity, training=training
             )
         check_routing(routing)
-        return with_expert_index(routing), logits
+        return with_expert_index(routing), *logits_and_noise
 
     def routing_of_logits(self, logits, probs, expert_capacity, training):
         """Turns logits and probabilities into a routing, by `compute_routing`.

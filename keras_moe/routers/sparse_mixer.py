@@ -38,7 +38,8 @@ class SparseMixerRouter(TokensChooseRouter):
         hidden_layers: int or list of ints, the sizes of ReLU layers in the gate.
             Defaults to `None`, no hidden layers.
         noise_std: float, the standard deviation of Gaussian noise added to the logits
-            in training, for the balance loss. Defaults to 0.
+            in training, for the balance loss; or `"learned"`, see `Gate`. Defaults to
+            0.
         jitter_noise: float in [0, 1), the range of the noise by which the gate's inputs
             are multiplied in training. Defaults to 0.
         input_norm_epsilon: float; the gate's inputs are RMS-normalized with this

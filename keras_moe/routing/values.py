@@ -21,8 +21,9 @@ class Slots(NamedTuple):
             expert received, 1 in sum. Where tokens choose, assignments count before
             any is dropped.
         expert_index: int32 `[g, t, k]`, the experts that each token selected, before
-            any is dropped; -1 for none. `[g, t, 0]` where experts choose. Defaults to
-            `None`, unknown, which a layer returns as `[g, t, 0]`.
+            any is dropped; -1 for none. `[g, t, 0]` where experts choose, and for two
+            levels of routing. Defaults to `None`, unknown, which a layer returns as
+            `[g, t, 0]`.
 
     Example:
 

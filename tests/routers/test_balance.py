@@ -27,6 +27,7 @@ from keras_moe import (
 )
 from keras_moe.callbacks import BiasUpdateRateScheduler, RoutingMonitor
 from keras_moe.inspection import layer_cost
+from keras_moe.losses import importance_loss, load_loss
 from keras_moe.routing import Selection, assign_slots
 
 
@@ -239,6 +240,63 @@ def test_the_scheduler_needs_a_bias(rng):
         model.fit(x, x, callbacks=[BiasUpdateRateScheduler(float)], verbose=0)
     with pytest.raises(TypeError, match="schedule"):
         BiasUpdateRateScheduler(0.1)
+
+
+# The losses of noisy gating
+
+
+@pytest.mark.parametrize("noise_std", [0.5, "learned"])
+def test_the_losses_of_noisy_gating(noise_std, rng):
+    x = inputs(rng, 3, 8)
+    mask = rng.random((3, 8)) < 0.8
+    router = MaskedRouter(
+        E,
+        num_selected_experts=2,
+        noise_std=noise_std,
+        importance_loss_weight=0.5,
+        load_loss_weight=0.25,
+        load_balancing_loss_weight=0.0,
+        kernel_initializer="he_normal",
+    )
+    layer = make_layer(router)
+    layer(x)
+    gate = router.router_weights
+    seed = np.copy(gate.seed_generator.state)
+    probs, *noise = gate(np.where(mask[..., None], x, 0), training=True, return_noise=1)
+    probs = ops.where(mask[..., None], probs, 0.0)
+    gate.seed_generator.state.assign(seed)
+    layer(x, mask=mask, training=True)
+    expected = 0.5 * importance_loss(probs), 0.25 * load_loss(*noise, 2, mask=mask)
+    np.testing.assert_allclose(*map(np.array, (layer.losses, expected)), rtol=1e-5)
+    # There is no noise in evaluation.
+    probs, logits, noisy, std = gate(x, return_noise=True)
+    np.testing.assert_array_equal(*map(ops.convert_to_numpy, (logits, noisy)))
+    assert std == 0
+    layer(x)
+    (found,) = layer.losses
+    assert float(found) == pytest.approx(float(0.5 * importance_loss(probs)), rel=1e-5)
+
+
+def test_the_load_loss_spreads_the_load(rng):
+    """It alone takes tokens from the expert that all prefer."""
+    x = inputs(rng, 8, 16)
+    router = MaskedRouter(
+        E,
+        noise_std="learned",
+        load_loss_weight=1.0,
+        load_balancing_loss_weight=0.0,
+        bias_initializer=lambda shape, dtype: 0.02 * prefer_first(shape, dtype),
+    )
+    layer = make_layer(router, factor=None, name="moe")
+    history = compiled(layer, (16, H)).fit(x, x, epochs=20, verbose=0).history
+    assert history["moe/max_load"][0] > 1.3 * history["moe/max_load"][-1]
+
+
+def test_what_the_load_loss_needs():
+    with pytest.raises(ValueError, match="noise_std"):
+        MaskedRouter(E, load_loss_weight=0.1)
+    with pytest.raises(ValueError, match="num_selected_experts"):
+        MaskedRouter(E, load_loss_weight=0.1, noise_std=1.0, num_selected_experts=E)
 
 
 # Random priority
