@@ -1,9 +1,10 @@
 """Layer metrics: `add_metric` for Keras 3 layers, on every backend."""
 
 import keras
+import numpy as np
 from keras import ops
 
-from keras_moe.kernels import STATE_IS_PASSED, scatter_add_rows
+from keras_moe.kernels import STATE_IS_PASSED, assign_part, scatter_add_rows
 from keras_moe.kernels.state import OwnedVariable
 
 
@@ -163,9 +164,7 @@ class _RunningMeans:
 
     def reset(self, column):
         self._traced = None
-        kept = ops.expand_dims(ops.arange(self.room) != column, -1)
-        state = ops.convert_to_tensor(self.state)
-        self.state.assign(ops.where(kept, state, 0.0))
+        assign_part(self.state, column, np.zeros(2, "float32"))
 
     def _add_column(self, name):
         column = len(self._columns)

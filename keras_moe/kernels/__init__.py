@@ -31,6 +31,7 @@ ForwardPasses = _kernels.ForwardPasses
 FrozenMatrices = _kernels.FrozenMatrices
 argsort = _kernels.argsort
 as_size = _kernels.as_size
+assign_part = _kernels.assign_part
 assign_parts = _kernels.assign_parts
 batched_dense = _kernels.batched_dense
 can_assign = _kernels.can_assign
@@ -41,6 +42,8 @@ num_row_shards = _kernels.num_row_shards
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
 sum_over_replicas = _kernels.sum_over_replicas
+top_k = _kernels.top_k
+weigh_rows = _kernels.weigh_rows
 
 
 def clip_size(size, low, high):

@@ -14,6 +14,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     FrozenMatrices,
     argsort,
     as_size,
+    assign_part,
     assign_parts,
     current_scope,
     split_rows,
@@ -22,7 +23,11 @@ from keras_moe.kernels.plain import (  # noqa: F401
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
 # matrices less often, come first if the average group fills one.
-BLOCK, LARGE_BLOCK = 128, 512
+BLOCK, LARGE_BLOCK = 64, 256
+
+
+def top_k(x, k):
+    return lax.top_k(x, k)  # It defines the order of equal values.
 
 
 # In both, the group is a batching dimension, so that a compiler that partitions groups
@@ -61,6 +66,12 @@ def scatter_add_rows(rows, index, num_rows):
         dimensions,
         mode="drop",
     )
+
+
+def weigh_rows(rows, weight):
+    # The gradient of an elementwise product would sum over the rows' last axis, which
+    # takes XLA a hundred times as long on a CPU.
+    return jnp.einsum("...,...h->...h", weight, rows, precision="highest")
 
 
 def num_row_shards(groups, num_experts):

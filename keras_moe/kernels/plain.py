@@ -35,6 +35,20 @@ def assign_parts(variable, parts):
     variable.assign(array)
 
 
+def assign_part(variable, i, part):
+    """Assigns `part` to `variable[i]`.
+
+    Args:
+        variable: `keras.Variable` `[n, ...]`.
+        i: int.
+        part: number, or tensor `[...]`.
+    """
+    value = ops.convert_to_tensor(variable)
+    is_part = ops.arange(value.shape[0]) == i
+    is_part = ops.reshape(is_part, (-1, *[1] * (len(value.shape) - 1)))
+    variable.assign(ops.where(is_part, part, value))
+
+
 def aligned_array(shape, dtype):
     """Returns an array without values that JAX uses as it is on a CPU, uncopied."""
     size, alignment = math.prod(shape) * dtype.itemsize, 64
@@ -46,6 +60,30 @@ def aligned_array(shape, dtype):
 def argsort(x):
     """Sorts the last axis, stably: indices, those of equal values in their order."""
     return ops.argsort(x, axis=-1)
+
+
+def top_k(x, k):
+    """Returns the `k` largest values of the last axis, largest first.
+
+    Of equal values, the one with the lower index comes first, which `keras.ops.top_k`
+    does not define.
+
+    Args:
+        x: `[..., e]`, without NaN.
+        k: int, at most `e`.
+
+    Returns:
+        A pair `[..., k]`: the values, and their indices, int32.
+    """
+    values, indices = [], []
+    for i in range(k):
+        index = ops.cast(ops.argmax(x, axis=-1), "int32")
+        values.append(ops.max(x, axis=-1))
+        indices.append(index)
+        if i < k - 1:
+            found = ops.expand_dims(index, -1) == ops.arange(x.shape[-1], dtype="int32")
+            x = ops.where(found, float("-inf"), x)
+    return ops.stack(values, axis=-1), ops.stack(indices, axis=-1)
 
 
 def gather_rows(x, index):
@@ -82,6 +120,11 @@ def scatter_add_rows(rows, index, num_rows):
     rows = ops.reshape(rows, (-1, *width))
     sums = ops.segment_sum(rows, flat, num_segments=groups * num_rows + 1)
     return ops.reshape(sums[: groups * num_rows], (groups, num_rows, *width))
+
+
+def weigh_rows(rows, weight):
+    """Multiplies rows `[..., h]` by weights `[...]`, of the same dtype."""
+    return rows * ops.expand_dims(weight, -1)
 
 
 def flat_index(index, num_rows):

@@ -16,6 +16,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     can_assign,
     flat_index,
     num_row_shards,
+    weigh_rows,
 )
 
 # Keys of the collectives of this package; those of TensorFlow itself begin at 1.
@@ -32,6 +33,16 @@ def assign_parts(variable, parts):
         return plain.assign_parts(variable, parts)
     for i, part in enumerate(parts):
         variable.value[i].assign(part)
+
+
+def assign_part(variable, i, part):
+    if tf.distribute.has_strategy() or plain.current_scope() is not None:
+        return plain.assign_part(variable, i, part)
+    variable.value[i].assign(part)
+
+
+def top_k(x, k):
+    return tf.math.top_k(x, k)  # It defines the order of equal values.
 
 
 def gather_rows(x, index):

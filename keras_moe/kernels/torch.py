@@ -8,9 +8,12 @@ from keras import ops
 from keras_moe.kernels import plain
 from keras_moe.kernels.plain import (  # noqa: F401
     FrozenMatrices,
+    assign_part,
     flat_index,
     loss_is_reachable,
     num_row_shards,
+    top_k,
+    weigh_rows,
 )
 
 # Missing in old versions.

@@ -8,7 +8,7 @@ by side, so that its work is one matrix product. Without a capacity they are row
 import keras
 from keras import ops
 
-from keras_moe.kernels import gather_rows, scatter_add_rows
+from keras_moe.kernels import gather_rows, scatter_add_rows, weigh_rows
 from keras_moe.routing.values import RouterMask, Rows, Slots, check_routing
 
 
@@ -98,8 +98,8 @@ def _weighted_sum(rows, weight, token_index, num_tokens):
 
 
 def _weigh(rows, weight):
-    """Multiplies rows `[..., h]` by weights `[...]`."""
-    return rows * ops.cast(ops.expand_dims(weight, -1), rows.dtype)
+    """Multiplies rows `[..., h]` by weights `[...]` of any dtype."""
+    return weigh_rows(rows, ops.cast(weight, rows.dtype))
 
 
 def _expert_major(x):

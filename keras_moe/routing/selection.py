@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from keras_moe import kernels
+
 # The score of an expert that must not be selected.
 EXCLUDED_SCORE = float("-inf")
 
@@ -98,22 +100,15 @@ def top_k(probs, k, normalize=False, scores=None):
     selection.expert_index  # [[[0, 2], [1, 2]]]
     ```
     """
-    num_experts = probs.shape[-1]
     valid = valid_tokens(probs)
     # The selection has no gradient.
     scores = ops.stop_gradient(nonfinite_to_zero(probs) if scores is None else scores)
     scores = ops.where(ops.expand_dims(valid, -1), scores, EXCLUDED_SCORE)
-    choices, weights = [], []
-    # `ops.top_k` does not define the order of ties; `ops.argmax` does.
-    for _ in range(k):
-        choice = ops.cast(ops.argmax(scores, axis=-1), "int32")
-        chosen = ops.one_hot(choice, num_experts, dtype="bool")
-        chosen = ops.logical_and(chosen, scores > EXCLUDED_SCORE)
-        choices.append(ops.where(ops.any(chosen, axis=-1), choice, -1))
-        weights.append(ops.sum(ops.where(chosen, probs, 0.0), axis=-1))
-        scores = ops.where(chosen, EXCLUDED_SCORE, scores)
-    index, weight = ops.stack(choices, axis=-1), ops.stack(weights, axis=-1)
-    return Selection(index, normalized(weight) if normalize else weight)
+    best, index = kernels.top_k(scores, k)
+    selection = _weighted(probs, ops.where(best > EXCLUDED_SCORE, index, -1))
+    if normalize:
+        selection = selection._replace(weight=normalized(selection.weight))
+    return selection
 
 
 def select_given(probs, expert_index):
@@ -129,7 +124,11 @@ def select_given(probs, expert_index):
     valid = ops.expand_dims(valid_tokens(probs), -1)
     index = ops.cast(expert_index, "int32")
     is_expert = ops.logical_and(index >= 0, index < probs.shape[-1])
-    index = ops.where(ops.logical_and(valid, is_expert), index, -1)
+    return _weighted(probs, ops.where(ops.logical_and(valid, is_expert), index, -1))
+
+
+def _weighted(probs, index):
+    """Returns the `Selection` of an index, with probabilities as weights."""
     weight = ops.take_along_axis(probs, ops.maximum(index, 0), axis=-1)
     return Selection(index, ops.where(index >= 0, weight, 0.0))
 

@@ -42,6 +42,53 @@ def test_assign_parts(dtype):
         np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])
 
 
+def test_assign_part():
+    for assign in (kernels.assign_part, plain.assign_part):
+        variable = keras.Variable(np.ones((3, 2)))
+        assign(variable, 1, np.array([2.0, 3.0], "float32"))
+        found = ops.convert_to_numpy(variable)
+        np.testing.assert_array_equal(found, [[1, 1], [2, 3], [1, 1]])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_top_k_table(k):
+    """Of equal values, the first one is the larger one; `-inf` is the least."""
+    x = ops.convert_to_tensor([[1.0, 3.0, 3.0, 2.0], [-np.inf, 0.0, -np.inf, 0.0]])
+    order = np.array([[1, 2, 3, 0], [1, 3, 0, 2]])[:, :k]
+    for top_k in (kernels.top_k, plain.top_k):
+        values, index = map(ops.convert_to_numpy, top_k(x, k))
+        assert index.dtype == "int32"
+        best = values > -np.inf
+        np.testing.assert_array_equal(index[best], order[best])
+        expected = np.take_along_axis(ops.convert_to_numpy(x), order, axis=-1)
+        np.testing.assert_array_equal(values, expected)
+
+
+def test_top_k_of_many_ties(rng):
+    x = rng.integers(0, 9, size=(5, 20, 64)).astype("float32")
+    found, expected = (
+        ops.convert_to_numpy(module.top_k(ops.convert_to_tensor(x), 10)[1])
+        for module in (kernels, plain)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_weigh_rows(rng):
+    rows, weight = (rng.normal(size=s).astype("float32") for s in ((2, 5, 3), (2, 5)))
+    expected = rows * weight[..., None]
+    for weigh in (kernels.weigh_rows, plain.weigh_rows):
+        found = weigh(*map(ops.convert_to_tensor, (rows, weight)))
+        np.testing.assert_allclose(ops.convert_to_numpy(found), expected, rtol=1e-6)
+
+        def loss(rows, weight, weigh=weigh):
+            return ops.sum(ops.square(weigh(rows, weight)))
+
+        of_rows, of_weight = gradients(loss, rows, weight)
+        np.testing.assert_allclose(of_rows, 2 * expected * weight[..., None], rtol=1e-5)
+        slopes = 2 * np.sum(expected * rows, axis=-1)
+        np.testing.assert_allclose(of_weight, slopes, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("width", [(), (3,)])
 @pytest.mark.parametrize("shape", [(1, 0), (1, 1), (3, 50), (4, 3, 5)])
 def test_kernels_match_the_plain_kernels(shape, width, rng):

@@ -106,7 +106,7 @@ def test_masked_tokens(rng):
     index = np.where(mask, 3, 0)
     targets = np.where(mask[..., None], call(model, index)[0], 1e6)
     losses = model.evaluate(index, [targets] * TASKS, verbose=0)
-    assert losses[1] < 1e-9 and max(losses) < 100
+    assert losses[1] < 1e-5 and max(losses) < 100
 
 
 def test_a_masked_token_that_is_not_finite_leaves_training_finite(rng):

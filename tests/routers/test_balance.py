@@ -267,7 +267,9 @@ def test_the_losses_of_noisy_gating(noise_std, rng):
     gate.seed_generator.state.assign(seed)
     layer(x, mask=mask, training=True)
     expected = 0.5 * importance_loss(probs), 0.25 * load_loss(*noise, 2, mask=mask)
-    np.testing.assert_allclose(*map(np.array, (layer.losses, expected)), rtol=1e-5)
+    assert [float(loss) for loss in layer.losses] == pytest.approx(
+        [float(loss) for loss in expected], rel=1e-5
+    )
     # There is no noise in evaluation.
     probs, logits, noisy, std = gate(x, return_noise=True)
     np.testing.assert_array_equal(*map(ops.convert_to_numpy, (logits, noisy)))

@@ -543,7 +543,7 @@ def test_training_noise_matches_the_oracle(mechanism, rng, monkeypatch):
     normal = record_draws(monkeypatch, "normal")
     slots = router(x, expert_capacity=3, training=True)
     jitter, noise = (ops.convert_to_numpy(drawn[0]) for drawn in (uniform, normal))
-    logits = (x * jitter).astype("float64") @ kernel + noise
+    logits = (x * jitter).astype("float64") @ kernel + 0.5 * noise
     if mechanism == "gumbel":
         logits = logits - np.log(-np.log(ops.convert_to_numpy(uniform[1])))
         probs = np.eye(6)[logits.argmax(-1)]
