@@ -21,7 +21,7 @@ import statistics
 
 import keras
 import numpy as np
-from subjects import Point, keras_subject, peers
+from subjects import Point, demo, keras_subject, peers
 from timing import measure
 
 BASE = Point()
@@ -36,7 +36,7 @@ PARAMETERS = {
 }
 # Where the time goes. The wide layer has fewer tokens, to save time: only its ratios
 # are of interest.
-PARTS = [Point(experts=64), Point(width=1024, examples=2)]
+PARTS = [BASE, Point(experts=64), Point(width=1024, examples=2)]
 # The forward pass of one token, as in decoding.
 DECODING = [Point(experts=n, examples=1, length=1) for n in (8, 64, 256)]
 
@@ -58,6 +58,7 @@ def main():
         "machine": machine(),
         "base": measure_base(),
         "parts": [measure_parts(point) for point in PARTS],
+        "demo": report_medians("The demo", measure(demo())),
         "peers": {
             name: compare_with_peer(name, make) for name, make in peers().items()
         },

@@ -12,8 +12,10 @@ import numpy as np
 
 import keras_moe
 
-# Its modules pair layers of other packages with ours, with equal weights.
-sys.path.append(str(pathlib.Path(__file__).parents[1] / "tests" / "peers"))
+# Modules of the first folder pair layers of other packages with ours, with equal
+# weights; the second contains the demo.
+for folder in ("tests/peers", "examples"):
+    sys.path.append(str(pathlib.Path(__file__).parents[1] / folder))
 
 LENGTH = 512
 
@@ -74,12 +76,21 @@ class Point:
         """Returns a dense layer with the same active FLOPs."""
         return keras_moe.FeedForward(self.k * self.d_ff)
 
-    def tokens_choose(self, factor, experts=None):
-        """Returns a token-choice layer with this capacity factor."""
+    def tokens_choose(self, factor, experts=None, **arguments):
+        """Returns a token-choice layer with this capacity factor.
+
+        Args:
+            factor: float, or `None`.
+            experts: layer. Defaults to `None`, feed-forward experts.
+            **arguments: forwarded to the router.
+        """
         # With an identity kernel, the first features of a token are its router logits.
         kernel = None if self.share is None else "identity"
         router = keras_moe.MaskedRouter(
-            self.experts, num_selected_experts=self.k, kernel_initializer=kernel
+            self.experts,
+            num_selected_experts=self.k,
+            kernel_initializer=kernel,
+            **arguments,
         )
         return self._layer(router, factor, experts)
 
@@ -118,12 +129,20 @@ class Point:
         """Returns models of the parts of the MoE layers, each trained alone."""
         x = self.inputs()
         rows = np.repeat(x.reshape(-1, self.width), self.k, axis=0)
-        subjects = {"updating the weights": keras_subject(self.weights(), x)}
+        # Without layers, the inputs are compared with themselves.
+        subjects = {
+            "updating the weights": keras_subject(self.weights(), x),
+            "no layer": keras_subject(keras.layers.Identity(), x),
+        }
+        silent = {"export_metrics": False, "load_balancing_loss_weight": 0.0}
         for kind, factor in (("capacity", float(self.k)), ("dropless", None)):
             experts = ExpertsOnly(self._experts(), with_capacity=factor is not None)
-            rest = self.tokens_choose(factor, IdentityExperts(self.experts))
             subjects[f"{kind}: experts"] = keras_subject(experts, rows)
-            subjects[f"{kind}: routing, dispatch and combine"] = keras_subject(rest, x)
+            name = f"{kind}: routing, dispatch and combine"
+            for end, options in (("", {}), (", no metrics and losses", silent)):
+                identity = IdentityExperts(self.experts)
+                rest = self.tokens_choose(factor, identity, **options)
+                subjects[name + end] = keras_subject(rest, x)
         return subjects
 
 
@@ -196,6 +215,23 @@ def keras_subject(layer, x, package=keras, jit_compile="auto"):
     return Subject(
         lambda: model.predict_on_batch(x), lambda: model.train_on_batch(x, x)
     )
+
+
+def demo():
+    """Returns the two models of the demo, as a dict of subjects."""
+    import char_lm
+
+    text, _, alphabet = char_lm.read_text()
+    batch = next(char_lm.batches(text, seed=0))
+    subjects = {}
+    for name, layer in (("dense", char_lm.dense_layer), ("MoE", char_lm.moe_layer)):
+        model = char_lm.build_model(layer, len(alphabet))
+        char_lm.compile_model(model)
+        subjects[name] = Subject(
+            lambda model=model: model.predict_on_batch(batch[0]),
+            lambda model=model: model.train_on_batch(*batch),
+        )
+    return subjects
 
 
 def torch_subject(module, x):

@@ -26,6 +26,9 @@ def scripts(monkeypatch):
     monkeypatch.setattr(bench, "PARAMETERS", parameters)
     monkeypatch.setattr(bench, "PARTS", [small()])
     monkeypatch.setattr(bench, "DECODING", [small(examples=1, length=1)])
+    monkeypatch.setattr(
+        bench, "demo", lambda: dict(zip(("dense", "MoE"), pair(small()), strict=True))
+    )
     monkeypatch.setattr(bench, "peers", lambda: {"ours": lambda: pair(small())})
     return bench, report
 
@@ -54,6 +57,7 @@ def test_a_small_benchmark_and_its_report(scripts, tmp_path, monkeypatch):
     for text in (
         "base point",
         "routing, dispatch and combine",
+        "The demo",
         "Other packages",
         "fraction of tokens",
         "Decoding",
