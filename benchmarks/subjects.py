@@ -129,7 +129,6 @@ class Point:
         """Returns models of the parts of the MoE layers, each trained alone."""
         x = self.inputs()
         rows = np.repeat(x.reshape(-1, self.width), self.k, axis=0)
-        # Without layers, the inputs are compared with themselves.
         subjects = {
             "updating the weights": keras_subject(self.weights(), x),
             "no layer": keras_subject(keras.layers.Identity(), x),
