@@ -8,6 +8,10 @@ export KERAS_BACKEND ?= tensorflow
 # TensorFlow's start-up notes hide the progress bars.
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
+# Without TensorFlow's notes of its start, which it writes before it reads the level.
+quietly := 2> >(grep -vE "^(WARNING: All log messages before absl|[IWE]0000 )" >&2)
+SHELL := bash
+
 bin := $(venv)/bin
 pip := $(bin)/python -m pip install --quiet --no-compile \
 	$(if $(constraints),--constraint $(constraints))
@@ -33,13 +37,13 @@ help:
 	@echo "make dist        what is released, wheel and sdist, in dist/"
 
 demo: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-plots
-	$(bin)/python examples/char_lm.py $(DEMO)
+	$(bin)/python examples/char_lm.py $(DEMO) $(quietly)
 
 examples: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-examples
-	$(bin)/python examples/upcycling.py $(UPCYCLING)
-	$(bin)/python examples/fine_tuning.py $(FINE_TUNING)
-	$(bin)/python examples/digits_vit.py $(EPOCHS)
-	$(bin)/python examples/multi_gate.py $(EPOCHS)
+	$(bin)/python examples/upcycling.py $(UPCYCLING) $(quietly)
+	$(bin)/python examples/fine_tuning.py $(FINE_TUNING) $(quietly)
+	$(bin)/python examples/digits_vit.py $(EPOCHS) $(quietly)
+	$(bin)/python examples/multi_gate.py $(EPOCHS) $(quietly)
 
 test: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-test
 	$(pytest) tests --ignore tests/peers --ignore tests/cross $(select)
