@@ -97,6 +97,18 @@ MODELS = {
     "`MaskedRouter`, k = 2": moe_layer_with(
         keras_moe.MaskedRouter, 2.5, 4.0, num_selected_experts=2, priority="token"
     ),
+    "`MaskedRouter`, k = 2, noisy top-k gating": moe_layer_with(
+        keras_moe.MaskedRouter,
+        2.5,
+        4.0,
+        num_selected_experts=2,
+        priority="token",
+        normalize_weights=True,
+        noise_std="learned",
+        load_balancing_loss_weight=0.0,
+        importance_loss_weight=0.1,
+        load_loss_weight=0.1,
+    ),
     "`Top2MaskedRouter`, not causal": moe_layer_with(keras_moe.Top2MaskedRouter),
     "`BiasBalancedMaskedRouter`": moe_layer_with(
         keras_moe.BiasBalancedMaskedRouter, bias_update_rate=0.01
