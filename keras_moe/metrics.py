@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_moe.kernels import STATE_IS_PASSED, assign_part, scatter_add_rows
+from keras_moe.kernels import STATE_IS_PASSED, assign_part
 from keras_moe.kernels.state import OwnedVariable
 
 
@@ -130,20 +130,19 @@ class _RunningMeans:
         self._traced = None
 
     def update(self, values, weight):
-        for name in values:
+        zero = ops.zeros((), dtype="float32")
+        sums, weights = [zero] * self.room, np.zeros(self.room, "float32")
+        for name, value in values.items():
             if not isinstance(name, str):
                 raise TypeError(
                     f"The name of a metric must be a string. Received: {name!r}."
                 )
             if name not in self._columns:
                 self._add_column(name)
-        columns = ops.convert_to_tensor([self._columns[name] for name in values])
-        sums = ops.stack([_scalar(*value) for value in values.items()])
-        weighted = ops.stack([sums, ops.ones_like(sums)], axis=-1) * weight
-        sums = scatter_add_rows(
-            ops.stop_gradient(weighted)[None], columns[None], self.room
-        )
-        changed = self.state.add(sums[0])
+            column = self._columns[name]
+            sums[column], weights[column] = _scalar(name, value), 1.0
+        weighted = ops.stack([ops.stack(sums), weights], axis=-1) * weight
+        changed = self.state.add(ops.stop_gradient(weighted))
         # A step on JAX reads results before the variable has its new value. This is
         # that value while the step is traced.
         if changed and STATE_IS_PASSED:

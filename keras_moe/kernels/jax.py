@@ -19,15 +19,12 @@ from keras_moe.kernels.plain import (  # noqa: F401
     current_scope,
     split_rows,
     sum_over_replicas,
+    top_k,  # TensorFlow cannot read `lax.top_k` in a SavedModel.
 )
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
 # matrices less often, come first if the average group fills one.
 BLOCK, LARGE_BLOCK = 64, 256
-
-
-def top_k(x, k):
-    return lax.top_k(x, k)  # It defines the order of equal values.
 
 
 # In both, the group is a batching dimension, so that a compiler that partitions groups

@@ -9,8 +9,10 @@ from keras_moe.metrics import LayerMetrics
 from keras_moe.routers.gate import Gate
 from keras_moe.routers.routing_log import RoutingLog
 from keras_moe.routing.statistics import (
+    group_loads,
     max_loads,
     mean_max_load,
+    num_selected,
     routing_statistics,
 )
 from keras_moe.routing.values import RouterMask, check_routing, with_expert_index
@@ -340,7 +342,8 @@ class Router(LayerMetrics, CompositeLayer):
         if self.export_metrics is False:
             return
         statistics = routing_statistics(routing, valid)
-        largest = max_loads(routing)
+        loads = group_loads(routing)
+        largest = max_loads(loads)
         self.add_metrics(
             {
                 "router_z_loss": self.router_z_loss_weight * z_loss,
@@ -355,11 +358,12 @@ class Router(LayerMetrics, CompositeLayer):
         )
         left_behind = statistics["fraction_tokens_left_behind"]
         self.log.update(
-            routing,
             valid=valid,
             left_behind=left_behind,
             z_loss=z_loss,
             largest=largest,
+            selected=num_selected(routing),
+            load=ops.sum(loads, axis=0),
         )
 
     def _add_weighted_loss(self, loss, weight):

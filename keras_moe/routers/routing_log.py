@@ -4,7 +4,6 @@ import numpy as np
 from keras import ops
 
 from keras_moe.kernels.state import OwnedVariable
-from keras_moe.routing.statistics import expert_load, num_selected
 
 
 class RoutingLog:
@@ -20,20 +19,19 @@ class RoutingLog:
     def __init__(self, owner, num_experts):
         self.sums = OwnedVariable(owner, "routing_log", (num_experts + 6,))
 
-    def update(self, routing, *, valid, left_behind, z_loss, largest):
+    def update(self, *, valid, left_behind, z_loss, largest, selected, load):
         """Adds a batch.
 
         Args:
-            routing: `Slots`, `Rows` or `RouterMask`.
             valid: float32 scalar, the number of valid tokens.
             left_behind: float32 scalar, the fraction of these without an expert.
             z_loss: float32 scalar, unweighted.
             largest: pair of float32 scalars, the result of `max_loads`.
+            selected: float32 scalar, the number of selected experts.
+            load: float32 `[e]`, the load of each expert in tokens.
         """
-        figures = [valid, valid * left_behind, valid * z_loss, *largest]
-        figures.append(num_selected(routing))
-        sums = ops.concatenate([ops.stack(figures), expert_load(routing)])
-        self.sums.add(sums)
+        figures = [valid, valid * left_behind, valid * z_loss, *largest, selected]
+        self.sums.add(ops.concatenate([ops.stack(figures), load]))
 
     def read(self):
         """Returns a dict of the sums since the last `clear`, as numpy values."""

@@ -40,7 +40,7 @@ def expert_load(routing):
         float32 `[e]`, the sum over groups of `load` times the group's valid tokens;
         for a `RouterMask` the filled slots of each expert.
     """
-    return ops.sum(_group_loads(routing), axis=0)
+    return ops.sum(group_loads(routing), axis=0)
 
 
 def num_selected(routing):
@@ -59,18 +59,17 @@ def num_selected(routing):
     return ops.sum(ops.cast(index >= 0, "float32"))
 
 
-def max_loads(routing):
+def max_loads(loads):
     """Returns the largest expert load of the groups, relative to their mean load.
 
     Args:
-        routing: `Slots`, `Rows` or `RouterMask`.
+        loads: float32 `[g, e]`, the result of `group_loads`.
 
     Returns:
         A pair of float32 scalars: the sum over the groups with a valid token of
         `max(load) / mean(load)`, which is 1 for a balanced group; and the number of
         these groups.
     """
-    loads = _group_loads(routing)
     total = ops.sum(loads, axis=-1)
     # `initial` allows no groups at all.
     largest = ops.max(loads, axis=-1, initial=0.0) * loads.shape[-1]
@@ -84,8 +83,12 @@ def mean_max_load(max_loads):
     return _ratio(total, groups)
 
 
-def _group_loads(routing):
-    """float32 `[g, e]`: the load of each expert in each group, in tokens."""
+def group_loads(routing):
+    """Returns the load of each expert in each group, in tokens: float32 `[g, e]`.
+
+    Args:
+        routing: `Slots`, `Rows` or `RouterMask`.
+    """
     if isinstance(routing, RouterMask):
         return ops.sum(routing.assignments, axis=2)
     # A NaN token counts as valid.

@@ -131,6 +131,8 @@ class Rows(NamedTuple):
     @property
     def slots_per_token(self):
         """float32 `[g, t]`: the number of rows that hold each token."""
+        if self.expert_index is not None and self.expert_index.shape[-1]:
+            return ops.sum(ops.cast(self.expert_index >= 0, "float32"), axis=-1)
         groups, tokens = ops.shape(self.probs)[:2]
         ones = ops.ones_like(self.token_index, dtype="float32")
         in_part = groups * tokens // ops.shape(ones)[0]
