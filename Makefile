@@ -20,7 +20,7 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 select ?= -m "not thorough"
 
 .PHONY: help demo examples test test-all test-matrix test-versions test-peers \
-	peers lint bench bench-devices bench-hub docs dist clean
+	peers lint bench bench-devices bench-routers bench-hub docs dist clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
@@ -32,6 +32,7 @@ help:
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
 	@echo "make bench-devices  training on several devices against one"
+	@echo "make bench-routers  what each router learns in a small language model"
 	@echo "make bench-hub   models of keras-hub, as they are and accelerated"
 	@echo "make docs        the documentation as a site, in site/"
 	@echo "make dist        what is released, wheel and sdist, in dist/"
@@ -94,6 +95,10 @@ bench-devices: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-torch
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/devices.py
 	KERAS_BACKEND=jax $(bin)/python benchmarks/devices.py
 	KERAS_BACKEND=torch $(bin)/python benchmarks/devices.py
+
+# In two hours; it continues where it was stopped.
+bench-routers: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-plots
+	$(bin)/python benchmarks/routers.py --output docs/benchmarks/routers.json
 
 bench-hub: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-plots peers
 	KERAS_BACKEND=tensorflow $(bin)/python benchmarks/acceleration.py
