@@ -152,6 +152,7 @@ def main():
             if str(seed) in runs:
                 continue
             print(f"\n{name}, seed {seed}")
+            keras.backend.clear_session()
             keras.utils.set_random_seed(seed)
             model = char_lm.build_model(MODELS[name], len(alphabet))
             trained = char_lm.train(model, text, held_out, options.steps, seed=seed)
