@@ -42,6 +42,7 @@ num_row_shards = _kernels.num_row_shards
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
 sum_over_replicas = _kernels.sum_over_replicas
+take_elements = _kernels.take_elements
 top_k = _kernels.top_k
 weigh_rows = _kernels.weigh_rows
 

@@ -19,6 +19,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     current_scope,
     split_rows,
     sum_over_replicas,
+    take_elements,
     top_k,  # TensorFlow cannot read `lax.top_k` in a SavedModel.
 )
 

@@ -86,6 +86,11 @@ def top_k(x, k):
     return ops.stack(values, axis=-1), ops.stack(indices, axis=-1)
 
 
+def take_elements(x, index):
+    """Takes elements of the last axis: of `[..., e]` by an int index `[..., k]`."""
+    return ops.take_along_axis(x, index, axis=-1)
+
+
 def gather_rows(x, index):
     """Gathers rows of each group by index; zeros for -1.
 

@@ -16,6 +16,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     can_assign,
     flat_index,
     num_row_shards,
+    take_elements,
     weigh_rows,
 )
 

@@ -12,7 +12,6 @@ from keras_moe.kernels.plain import (  # noqa: F401
     flat_index,
     loss_is_reachable,
     num_row_shards,
-    top_k,
     weigh_rows,
 )
 
@@ -35,6 +34,20 @@ def argsort(x):
         # ONNX has no sort; its TopK keeps the order of equal values, too.
         return torch.topk(x, x.shape[-1], largest=False).indices
     return plain.argsort(x)
+
+
+def top_k(x, k):
+    values, indices = [], []
+    for _ in range(k):
+        value, index = x.max(dim=-1)  # The first one of equal values.
+        values.append(value)
+        indices.append(index.int())
+        x = x.scatter(-1, index[..., None], float("-inf"))
+    return torch.stack(values, dim=-1), torch.stack(indices, dim=-1)
+
+
+def take_elements(x, index):
+    return x.gather(-1, index.long())  # ONNX has no `take_along_dim`.
 
 
 def gather_rows(x, index):

@@ -3,7 +3,13 @@
 import keras
 from keras import ops
 
-from keras_moe.kernels import argsort, gather_rows, num_row_shards, scatter_add_rows
+from keras_moe.kernels import (
+    argsort,
+    gather_rows,
+    num_row_shards,
+    scatter_add_rows,
+    take_elements,
+)
 from keras_moe.routing.selection import nonfinite_to_zero, valid_tokens
 from keras_moe.routing.values import Rows, Slots, no_experts
 
@@ -147,8 +153,8 @@ def choose_tokens(probs, expert_capacity):
     scores = ops.where(ops.expand_dims(valid, -1), nonfinite_to_zero(probs), -1.0)
     scores = ops.transpose(ops.stop_gradient(scores), (0, 2, 1))  # g e t
     token = argsort(-scores)[..., :expert_capacity]  # g e c
-    filled = ops.take_along_axis(scores, token, axis=-1) >= 0
-    weight = ops.take_along_axis(ops.transpose(probs, (0, 2, 1)), token, axis=-1)
+    filled = take_elements(scores, token) >= 0
+    weight = take_elements(ops.transpose(probs, (0, 2, 1)), token)
     return Slots(
         token_index=ops.where(filled, token, -1),
         weight=ops.where(filled, weight, 0.0),

@@ -129,7 +129,7 @@ def select_given(probs, expert_index):
 
 def _weighted(probs, index):
     """Returns the `Selection` of an index, with probabilities as weights."""
-    weight = ops.take_along_axis(probs, ops.maximum(index, 0), axis=-1)
+    weight = kernels.take_elements(probs, ops.maximum(index, 0))
     return Selection(index, ops.where(index >= 0, weight, 0.0))
 
 

@@ -73,6 +73,16 @@ def test_top_k_of_many_ties(rng):
     np.testing.assert_array_equal(found, expected)
 
 
+def test_take_elements():
+    x, index = (
+        np.array([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]]),
+        np.array([[2, 0], [1, 1]]),
+    )
+    for take in (kernels.take_elements, plain.take_elements):
+        found = take(*map(ops.convert_to_tensor, (x, index.astype("int32"))))
+        np.testing.assert_array_equal(ops.convert_to_numpy(found), [[4, 1], [16, 16]])
+
+
 def test_weigh_rows(rng):
     rows, weight = (rng.normal(size=s).astype("float32") for s in ((2, 5, 3), (2, 5)))
     expected = rows * weight[..., None]
