@@ -30,16 +30,21 @@ INNER_GRAPH = re.compile(r".+_(while_body|cond_true|cond_false)_\d+$")
 
 
 def assign_parts(variable, parts):
-    if tf.distribute.has_strategy():
+    if not _can_assign_slices(variable):
         return plain.assign_parts(variable, parts)
     for i, part in enumerate(parts):
         variable.value[i].assign(part)
 
 
 def assign_part(variable, i, part):
-    if tf.distribute.has_strategy() or plain.current_scope() is not None:
+    if not _can_assign_slices(variable):
         return plain.assign_part(variable, i, part)
     variable.value[i].assign(part)
+
+
+def _can_assign_slices(variable):
+    """Returns whether it is one `tf.Variable`, not one for each replica or a tensor."""
+    return hasattr(variable.value[:0], "assign")
 
 
 def top_k(x, k):
