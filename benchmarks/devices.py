@@ -18,6 +18,7 @@ import argparse
 import collections
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -345,7 +346,10 @@ def train_replica(rank, processes, folder):
             losses.append(float(total) / processes)
         file = f"{folder}/{kind}-{rank}-of-{processes}.npz"
         np.savez(file, *model.get_weights(), loss=losses)
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Destroying the group can wait forever: its thread may need the interpreter, to
+    # free a tensor (PyTorch 2.13).
+    os._exit(0)
 
 
 # The page
