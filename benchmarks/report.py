@@ -38,8 +38,11 @@ def main():
     for backend, result in results.items():
         file = folder / f"{backend}_accelerated.json"
         result["accelerated"] = json.loads(file.read_text()) if file.exists() else {}
-    sections = [base_section, parts_section, demo_section, peers_section]
-    sections += [
+    sections = [
+        base_section,
+        parts_section,
+        demo_section,
+        peers_section,
         accelerated_section,
         parameters_section,
         decoding_section,

@@ -38,11 +38,12 @@ def argsort(x):
 
 def top_k(x, k):
     values, indices = [], []
-    for _ in range(k):
+    for i in range(k):
         value, index = x.max(dim=-1)  # The first one of equal values.
         values.append(value)
         indices.append(index.int())
-        x = x.scatter(-1, index[..., None], float("-inf"))
+        if i < k - 1:
+            x = x.scatter(-1, index[..., None], float("-inf"))
     return torch.stack(values, dim=-1), torch.stack(indices, dim=-1)
 
 
