@@ -19,15 +19,16 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 # What `make test` leaves to `make test-all`.
 select ?= -m "not thorough"
 
-.PHONY: help demo examples test test-all test-matrix test-versions test-peers \
-	peers lint bench bench-devices bench-routers bench-hub docs dist clean
+.PHONY: help demo examples test test-all test-matrix test-oldest test-newest \
+	test-version test-peers peers lint bench bench-devices bench-routers bench-hub docs dist clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
 	@echo "make examples    the other examples: upcycling, fine_tuning, digits_vit, multi_gate"
 	@echo "make test        the tests, on one backend"
 	@echo "make test-all    all tests, on all three backends, and files between them"
-	@echo "make test-matrix the tests on the oldest and on the newest versions, all backends"
+	@echo "make test-matrix the tests on the oldest and on the newest versions, all backends:"
+	@echo "                 make test-oldest, make test-newest"
 	@echo "make test-peers  parity with other packages' MoE layers on equal weights"
 	@echo "make lint        ruff"
 	@echo "make bench       the layer against a dense one and other packages'"
@@ -55,22 +56,25 @@ test-all: $(venv)/with-onnx $(venv)/with-orbax
 	$(MAKE) test select= KERAS_BACKEND=torch
 	$(bin)/python -m pytest --quiet --numprocesses 2 --dist loadfile tests/cross
 
-# Each in an environment of its own, made anew and removed again. Old versions of
-# JAX get wrong numbers from what they compiled and cached on a CPU.
-test-matrix: export JAX_ENABLE_COMPILATION_CACHE := false
-# Only what every version knows.
-test-matrix: export XLA_FLAGS := --xla_backend_optimization_level=0 \
-	--xla_llvm_disable_expensive_passes=true
-test-matrix:
-	$(MAKE) test-versions venv=.venv-oldest constraints=constraints-oldest.txt
-	$(MAKE) test-versions venv=.venv-newest constraints=
+test-matrix: test-oldest test-newest
 
-test-versions:
-	rm -rf $(venv)
-	$(MAKE) test KERAS_BACKEND=tensorflow
-	$(MAKE) test KERAS_BACKEND=jax
-	$(MAKE) test KERAS_BACKEND=torch
-	rm -rf $(venv)
+# Each backend in an environment of its own, made anew and removed again: old versions
+# of TensorFlow and JAX have no common dependencies.
+test-oldest test-newest: test-%:
+	$(MAKE) test-version end=$* KERAS_BACKEND=tensorflow
+	$(MAKE) test-version end=$* KERAS_BACKEND=jax
+	$(MAKE) test-version end=$* KERAS_BACKEND=torch
+
+# Old versions of JAX get wrong numbers from what they compiled and cached on a CPU.
+test-version: export JAX_ENABLE_COMPILATION_CACHE := false
+# Only what every version knows.
+test-version: export XLA_FLAGS := --xla_backend_optimization_level=0 \
+	--xla_llvm_disable_expensive_passes=true
+test-version: constraints = $(if $(filter oldest,$(end)),constraints-oldest.txt)
+test-version:
+	rm -rf .venv-$(end)
+	$(MAKE) test venv=.venv-$(end) constraints=$(constraints)
+	rm -rf .venv-$(end)
 
 test-peers: $(venv)/with-tensorflow $(venv)/with-jax $(venv)/with-test peers
 	$(pytest) tests/peers

@@ -185,25 +185,17 @@ def demo_section(results):
     yield "The models of `examples/char_lm.py`: 16 experts, two per token, dropless, in"
     yield "three layers of h 128. A step has 16 × 128 characters."
     yield ""
-    yield from table(
-        ("", "dense: forward, step, ms", "MoE over dense: forward", "step"),
-        (
-            (
-                BACKENDS[backend],
-                ", ".join(
-                    f"{median(result['demo']['dense'][kind]):.0f}"
-                    for kind in ("forward", "step")
-                ),
-                *(
-                    ratio_with_quartiles(
-                        result["demo"]["MoE"][kind], result["demo"]["dense"][kind]
-                    )
-                    for kind in ("forward", "step")
-                ),
-            )
-            for backend, result in results.items()
-        ),
-    )
+    header = ("", "dense: forward, step, ms", "MoE over dense: forward", "step")
+    rows = ([BACKENDS[x], *demo_cells(result["demo"])] for x, result in results.items())
+    yield from table(header, rows)
+
+
+def demo_cells(models):
+    """Yields the times of the dense model, and the ratios of the other's to them."""
+    kinds = ("forward", "step")
+    yield ", ".join(f"{median(models['dense'][kind]):.0f}" for kind in kinds)
+    for kind in kinds:
+        yield ratio_with_quartiles(models["MoE"][kind], models["dense"][kind])
 
 
 def accelerated_section(results):

@@ -51,6 +51,7 @@ from keras_moe.upcycling import (
     upcycle,
     upcycle_model,
 )
+from keras_moe.utils.memory import keep_freed_memory
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,7 @@ __all__ = [
     "callbacks",
     "convert",
     "distribution",
+    "keep_freed_memory",
     "losses",
     "presets",
     "quantize_experts",

@@ -98,9 +98,11 @@ def router_z_loss(logits, mask=None):
     )
     squares = ops.square(sizes)
     if mask is None:
-        mask = ops.ones_like(squares, dtype="bool")
-    valid = ops.sum(ops.cast(mask, "float32"))
-    return ops.sum(ops.where(mask, squares, 0.0)) / ops.maximum(valid, 1.0)
+        valid = ops.cast(math.prod(ops.shape(squares)), "float32")
+    else:
+        valid = ops.sum(ops.cast(mask, "float32"))
+        squares = ops.where(mask, squares, 0.0)
+    return ops.sum(squares) / ops.maximum(valid, 1.0)
 
 
 def importance_loss(probs):

@@ -130,18 +130,18 @@ class _RunningMeans:
         self._traced = None
 
     def update(self, values, weight):
-        zero = ops.zeros((), dtype="float32")
-        sums, weights = [zero] * self.room, np.zeros(self.room, "float32")
-        for name, value in values.items():
+        for name in values:
             if not isinstance(name, str):
                 raise TypeError(
                     f"The name of a metric must be a string. Received: {name!r}."
                 )
             if name not in self._columns:
                 self._add_column(name)
-            column = self._columns[name]
-            sums[column], weights[column] = _scalar(name, value), 1.0
-        weighted = ops.stack([ops.stack(sums), weights], axis=-1) * weight
+        sums = ops.stack([_scalar(n, values.get(n, 0.0)) for n in self._columns])
+        weights = np.array([name in values for name in self._columns], "float32")
+        weighted = ops.stack([sums, weights], axis=-1) * weight
+        empty = self.room - len(self._columns)
+        weighted = ops.pad(weighted, [[0, empty], [0, 0]])
         changed = self.state.add(ops.stop_gradient(weighted))
         # A step on JAX reads results before the variable has its new value. This is
         # that value while the step is traced.
@@ -179,7 +179,7 @@ class _RunningMeans:
 
 
 def _scalar(name, value):
-    value = ops.cast(ops.convert_to_tensor(value), "float32")
+    value = ops.cast(value, "float32")
     if len(value.shape):
         raise ValueError(
             f"A metric must be a scalar. Received: {name!r} of shape {value.shape}."

@@ -16,12 +16,13 @@ DTYPES = {
     "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
     "BOOL": np.bool_,
     **{f"F{bits}": np.dtype(f"float{bits}") for bits in (16, 32, 64)},
     **{f"I{bits}": np.dtype(f"int{bits}") for bits in (8, 16, 32, 64)},
     **{f"U{bits}": np.dtype(f"uint{bits}") for bits in (8, 16, 32, 64)},
 }
+if hasattr(ml_dtypes, "float8_e8m0fnu"):  # Missing in old versions.
+    DTYPES["F8_E8M0"] = ml_dtypes.float8_e8m0fnu
 # A longer header is none, but the data of another kind of file.
 LONGEST_HEADER = 100_000_000
 

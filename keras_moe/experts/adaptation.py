@@ -33,6 +33,12 @@ class AdaptableDense:
             mode: string, or `None` with a config.
             config: `keras.quantizers.QuantizationConfig`, or `None`.
         """
+        if not hasattr(keras.quantizers, "abs_max_quantize_grouped_with_zero_point"):
+            raise ValueError(
+                "The quantization of experts needs Keras 3.14 or newer. "
+                f"Received: Keras {keras.__version__}. {self.path!r} has not been "
+                "changed."
+            )
         if (mode or config.mode) == "float8" and self.lora_enabled:
             raise ValueError(
                 "A layer with adapters cannot be quantized with 'float8'. "

@@ -35,6 +35,7 @@ assign_part = _kernels.assign_part
 assign_parts = _kernels.assign_parts
 batched_dense = _kernels.batched_dense
 can_assign = _kernels.can_assign
+combine_rows = _kernels.combine_rows
 gather_rows = _kernels.gather_rows
 grouped_dense = _kernels.grouped_dense
 loss_is_reachable = _kernels.loss_is_reachable

@@ -23,6 +23,13 @@ from keras_moe.kernels.plain import (  # noqa: F401
     top_k,  # TensorFlow cannot read `lax.top_k` in a SavedModel.
 )
 
+if hasattr(jax, "shard_map"):
+    shard_map = functools.partial(jax.shard_map, check_vma=False)
+else:  # Before JAX 0.6.1.
+    from jax.experimental import shard_map
+
+    shard_map = functools.partial(shard_map.shard_map, check_rep=False)
+
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
 # matrices less often, come first if the average group fills one.
 BLOCK, LARGE_BLOCK = 64, 256
@@ -72,6 +79,10 @@ def weigh_rows(rows, weight):
     return jnp.einsum("...,...h->...h", weight, rows, precision="highest")
 
 
+def combine_rows(rows, weight, index, num_rows):
+    return scatter_add_rows(weigh_rows(rows, weight), index, num_rows)
+
+
 def num_row_shards(groups, num_experts):
     if keras.distribution.distribution() is None or not isinstance(groups, int):
         return 1, 1
@@ -110,12 +121,11 @@ def grouped_dense(rows, kernel, bias, group_sizes):
         return _grouped_dense(make, rows, arrays, bias, sizes)
 
     of_rows, of_experts = PartitionSpec((batch, *others)), PartitionSpec(others)
-    return jax.shard_map(
+    return shard_map(
         on_each_device,
         mesh=mesh,
         in_specs=(of_rows, of_experts, of_experts, of_rows),
         out_specs=of_rows,
-        check_vma=False,
     )(rows, arrays, bias, group_sizes)
 
 

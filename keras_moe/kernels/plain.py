@@ -127,6 +127,21 @@ def scatter_add_rows(rows, index, num_rows):
     return ops.reshape(sums[: groups * num_rows], (groups, num_rows, *width))
 
 
+def combine_rows(rows, weight, index, num_rows):
+    """Sums rows, multiplied by weights, by their index in each group.
+
+    Args:
+        rows: `[..., g, r, h]`, float.
+        weight: `[..., g, r]`, of the same dtype.
+        index: int `[..., g, r]`; a row of -1 is added to no sum.
+        num_rows: `n`, an int or a scalar tensor.
+
+    Returns:
+        `[g, n, h]`.
+    """
+    return scatter_add_rows(weigh_rows(rows, weight), index, num_rows)
+
+
 def weigh_rows(rows, weight):
     """Multiplies rows `[..., h]` by weights `[...]`, of the same dtype."""
     return rows * ops.expand_dims(weight, -1)
@@ -135,6 +150,8 @@ def weigh_rows(rows, weight):
 def flat_index(index, num_rows):
     """Turns an index `[..., g, r]` within groups into one over all groups; -1 stays."""
     index = ops.cast(index, "int32")
+    if index.shape[-2] == 1:
+        return index
     first = ops.arange(ops.shape(index)[-2], dtype="int32") * num_rows
     return ops.where(index >= 0, index + ops.expand_dims(first, -1), -1)
 

@@ -63,6 +63,10 @@ def scatter_add_rows(rows, index, num_rows):
     return ops.reshape(sums, (groups, num_rows, *width))
 
 
+def combine_rows(rows, weight, index, num_rows):
+    return scatter_add_rows(weigh_rows(rows, weight), index, num_rows)
+
+
 @tf.custom_gradient
 def _gather(x, index):
     def gradient(upstream):

@@ -71,6 +71,45 @@ def scatter_add_rows(rows, index, num_rows):
     return sums[1:].reshape(groups, num_rows, *width)
 
 
+def combine_rows(rows, weight, index, num_rows):
+    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    if traced or rows.device.type == "meta" or not (rows.numel() and _is_eager()):
+        return scatter_add_rows(weigh_rows(rows, weight), index, num_rows)
+    groups, width = index.shape[-2], rows.shape[-1]
+    index = flat_index(index, num_rows).flatten()
+    rows, weight = rows.reshape(-1, width), weight.flatten()
+    sums = _WeightedSums.apply(rows, weight, index, groups * num_rows)
+    return sums.reshape(groups, num_rows, width)
+
+
+class _WeightedSums(torch.autograd.Function):
+    """Sums of weighted rows by their index, without a copy of the weighted rows."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, index, num_sums):
+        ctx.save_for_backward(rows, weight, index)
+        index, order = torch.sort(index, stable=True)
+        # The first sum is that of the rows of no index.
+        sums = torch.arange(-1, num_sums, dtype=index.dtype, device=index.device)
+        sums = torch.nn.functional.embedding_bag(
+            order,
+            rows,
+            torch.searchsorted(index, sums),
+            mode="sum",
+            per_sample_weights=weight[order],
+        )
+        return sums[1:]
+
+    @staticmethod
+    def backward(ctx, upstream):
+        rows, weight, index = ctx.saved_tensors
+        upstream = gather_rows(upstream[None], index[None])[0]
+        d_weight = (upstream * rows).sum(-1)
+        if torch.is_grad_enabled():  # For a second derivative.
+            return upstream * weight[:, None], d_weight, None, None
+        return upstream.mul_(weight[:, None]), d_weight, None, None
+
+
 def sum_over_replicas(x):
     distributed = torch.distributed
     x = x.detach()
@@ -230,9 +269,13 @@ def _slices(group_sizes):
 
 
 def can_assign(old, new):
-    if torch.compiler.is_compiling():  # It cannot compile the other call.
-        return True
-    return torch._C._functorch.maybe_current_level() is None  # `vmap`, `grad`.
+    # It cannot compile the other call.
+    return torch.compiler.is_compiling() or _is_eager()
+
+
+def _is_eager():
+    """Returns whether no transform, such as `vmap` or `grad`, is running."""
+    return torch._C._functorch.maybe_current_level() is None
 
 
 class ForwardPasses:

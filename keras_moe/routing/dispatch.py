@@ -8,7 +8,7 @@ by side, so that its work is one matrix product. Without a capacity they are row
 import keras
 from keras import ops
 
-from keras_moe.kernels import gather_rows, scatter_add_rows, weigh_rows
+from keras_moe.kernels import combine_rows, gather_rows, weigh_rows
 from keras_moe.routing.values import RouterMask, Rows, Slots, check_routing
 
 
@@ -94,7 +94,7 @@ def unweighted(routing):
 def _weighted_sum(rows, weight, token_index, num_tokens):
     """Weights rows `[..., h]` and sums them by token: `[g, num_tokens, h]`."""
     rows = ops.reshape(rows, (*ops.shape(token_index), ops.shape(rows)[-1]))
-    return scatter_add_rows(_weigh(rows, weight), token_index, num_tokens)
+    return combine_rows(rows, ops.cast(weight, rows.dtype), token_index, num_tokens)
 
 
 def _weigh(rows, weight):

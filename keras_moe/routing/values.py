@@ -1,5 +1,6 @@
 """The values that a router returns: `Slots`, `Rows` and `RouterMask`."""
 
+import math
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -227,4 +228,5 @@ def check_has_probs(routing):
 
 def _mean(x):
     """Returns the mean, 0 for no elements."""
-    return ops.sum(x) / ops.maximum(ops.sum(ops.ones_like(x)), 1.0)
+    size = ops.cast(math.prod(ops.shape(x)), "float32")
+    return ops.sum(x) / ops.maximum(size, 1.0)

@@ -1,4 +1,4 @@
-"""Helpers that know nothing of experts: argument checks, initializers, serialization.
+"""Helpers that know nothing of experts: argument checks, initializers, memory, files.
 
 May import: nothing of this package.
 """

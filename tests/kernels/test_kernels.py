@@ -99,6 +99,38 @@ def test_weigh_rows(rng):
         np.testing.assert_allclose(of_weight, slopes, rtol=1e-5, atol=1e-6)
 
 
+def test_combine_rows_table():
+    rows = np.array([[[1], [np.nan], [4]], [[8], [16], [np.nan]]], "float32")
+    weight = np.array([[0.5, 1.0, 1.0], [1.0, 0.25, 0.0]], "float32")
+    for combine in (kernels.combine_rows, plain.combine_rows):
+        sums = combine(*map(ops.convert_to_tensor, (rows, weight, INDEX)), 4)
+        sums = ops.convert_to_numpy(sums)
+        np.testing.assert_array_equal(
+            sums, [[[4], [0], [0.5], [0]], [[0], [0], [12], [0]]]
+        )
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (1, 1), (3, 50), (4, 3, 5)])
+def test_combine_rows_matches_the_plain_kernel(shape, rng):
+    n = 20
+    index = ops.convert_to_tensor(rng.integers(-1, n, size=shape).astype("int32"))
+    rows = rng.normal(size=(*shape, 3)).astype("float32")
+    weight = rng.normal(size=shape).astype("float32")
+    fast, reference = (
+        lambda rows, weight, module=module: ops.sum(
+            ops.square(1 + module.combine_rows(rows, weight, index, n))
+        )
+        for module in (kernels, plain)
+    )
+    tensors = ops.convert_to_tensor(rows), ops.convert_to_tensor(weight)
+    np.testing.assert_allclose(
+        float(fast(*tensors)), float(reference(*tensors)), rtol=1e-5
+    )
+    found, expected = (gradients(f, rows, weight) for f in (fast, reference))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("width", [(), (3,)])
 @pytest.mark.parametrize("shape", [(1, 0), (1, 1), (3, 50), (4, 3, 5)])
 def test_kernels_match_the_plain_kernels(shape, width, rng):
