@@ -24,6 +24,8 @@ import numpy as np
 from subjects import Point, demo, keras_subject, peers
 from timing import measure
 
+import keras_moe
+
 BASE = Point()
 # One parameter at a time.
 PARAMETERS = {
@@ -70,6 +72,8 @@ def main():
             measure_point(point, "experts", ("forward",)) for point in DECODING
         ],
     }
+    if keras_moe.keep_freed_memory():
+        results["kept"] = measure_base()
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / f"{keras.backend.backend()}.json"
     file.write_text(json.dumps(results, indent=1) + "\n")

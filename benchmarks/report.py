@@ -6,6 +6,7 @@ Reads `<backend>.json` and `<backend>_accelerated.json` from the folder, and wri
 `tables.md`, `base.png` and `axes.png` to it.
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -106,9 +107,12 @@ def base_section(results):
     yield "of measurements, with their quartiles in parentheses. The peak is the memory"
     yield "that a step adds to that of the process. It is small if the allocator keeps"
     yield "freed memory, as TensorFlow's does."
-    for backend, result in results.items():
-        base = result["base"]
-        yield f"\n### {BACKENDS[backend]}\n"
+    titles = {"base": "", "kept": ", after `keep_freed_memory`"}
+    for (backend, result), key in itertools.product(results.items(), titles):
+        if key not in result:
+            continue
+        base = result[key]
+        yield f"\n### {BACKENDS[backend]}{titles[key]}\n"
         yield from table(
             (
                 "",

@@ -39,6 +39,7 @@ combine_rows = _kernels.combine_rows
 gather_rows = _kernels.gather_rows
 grouped_dense = _kernels.grouped_dense
 loss_is_reachable = _kernels.loss_is_reachable
+matmul = _kernels.matmul
 num_row_shards = _kernels.num_row_shards
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows

@@ -17,6 +17,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     assign_part,
     assign_parts,
     current_scope,
+    matmul,
     split_rows,
     sum_over_replicas,
     take_elements,

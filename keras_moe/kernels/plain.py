@@ -91,6 +91,11 @@ def take_elements(x, index):
     return ops.take_along_axis(x, index, axis=-1)
 
 
+def matmul(x, matrix):
+    """Multiplies `[..., h]` by a matrix `[h, f]`, of which `f` may be small."""
+    return ops.matmul(x, matrix)
+
+
 def gather_rows(x, index):
     """Gathers rows of each group by index; zeros for -1.
 

@@ -15,6 +15,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     as_size,
     can_assign,
     flat_index,
+    matmul,
     num_row_shards,
     take_elements,
     weigh_rows,

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_moe.kernels import matmul
 from keras_moe.utils import checks, initializers
 from keras_moe.utils.composite import CompositeLayer
 
@@ -158,7 +159,7 @@ class Gate(CompositeLayer):
 
     def call(self, inputs, training=None, return_logits=False, return_noise=False):
         x = self._features(self._jittered(inputs) if training else inputs)
-        logits = ops.matmul(x, self.kernel)
+        logits = matmul(x, ops.convert_to_tensor(self.kernel))
         if self.bias is not None:
             logits = logits + self.bias
         noisy, std = self._with_noise(logits, x) if training else (logits, 0.0)
@@ -216,7 +217,7 @@ class Gate(CompositeLayer):
         if not std:
             return logits, 0.0
         if std == LEARNED:
-            std = ops.softplus(ops.matmul(x, self.noise_kernel))
+            std = ops.softplus(matmul(x, ops.convert_to_tensor(self.noise_kernel)))
         noise = keras.random.normal(
             ops.shape(logits), dtype="float32", seed=self.seed_generator
         )

@@ -33,4 +33,4 @@ def keep_freed_memory():
         return False
     # Nothing is mapped by itself, and the end of the heap is not trimmed.
     options = (MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER)
-    return all([set_option(*option) == 1 for option in options])
+    return all(set_option(*option) == 1 for option in options)
