@@ -138,10 +138,11 @@ def measure_models(point, kinds):
 
 
 def measure_parts(point):
-    """Measures the models of a point and their parts."""
-    subjects = {**point.models(), **point.parts()}
-    times = measure(subjects, ("step",), seconds=3.0)
+    """Measures the models of a point and their parts, each trained alone."""
     name = f"Parts: {point.experts} experts, h {point.width}"
+    times = measure({**point.models(), **point.experts_alone()}, ("step",), seconds=3.0)
+    # In rounds of their own: after a long step, a short one takes twice as long.
+    times |= measure(point.without_experts(), ("step",), rounds=31)
     return report_medians(
         name, {"experts": point.experts, "width": point.width, **times}
     )

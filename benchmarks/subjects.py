@@ -125,18 +125,22 @@ class Point:
         }
         return {name: keras_subject(layer, x) for name, layer in layers.items()}
 
-    def parts(self):
-        """Returns models of the parts of the MoE layers, each trained alone."""
+    def experts_alone(self):
+        """Returns models of the experts, and of the update of their weights."""
         x = self.inputs()
         rows = np.repeat(x.reshape(-1, self.width), self.k, axis=0)
-        subjects = {
-            "updating the weights": keras_subject(self.weights(), x),
-            "no layer": keras_subject(keras.layers.Identity(), x),
-        }
+        subjects = {"updating the weights": keras_subject(self.weights(), x)}
+        for kind in ("capacity", "dropless"):
+            experts = ExpertsOnly(self._experts(), with_capacity=kind == "capacity")
+            subjects[f"{kind}: experts"] = keras_subject(experts, rows)
+        return subjects
+
+    def without_experts(self):
+        """Returns models of everything but the experts, and of no layer at all."""
+        x = self.inputs()
+        subjects = {"no layer": keras_subject(keras.layers.Identity(), x)}
         silent = {"export_metrics": False, "load_balancing_loss_weight": 0.0}
         for kind, factor in (("capacity", float(self.k)), ("dropless", None)):
-            experts = ExpertsOnly(self._experts(), with_capacity=factor is not None)
-            subjects[f"{kind}: experts"] = keras_subject(experts, rows)
             name = f"{kind}: routing, dispatch and combine"
             for end, options in (("", {}), (", no metrics and losses", silent)):
                 identity = IdentityExperts(self.experts)

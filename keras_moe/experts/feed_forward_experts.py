@@ -7,11 +7,12 @@ from keras import ops
 
 from keras_moe.experts.expert_dense import ExpertDense
 from keras_moe.experts.feed_forward import BaseFeedForward
-from keras_moe.kernels import RUNS_OP_BY_OP, split_rows
-from keras_moe.utils import checks
+from keras_moe.kernels import GETS_NEW_PAGES, RUNS_OP_BY_OP, split_rows
+from keras_moe.utils import checks, memory
 from keras_moe.utils.layouts import refuse_layout
 
-# Up to this number, looping over the experts is faster than batching them.
+# Up to this number, looping over the experts is faster than batching them, which writes
+# more to memory.
 FEW_EXPERTS = 16
 
 
@@ -154,6 +155,7 @@ class FeedForwardExperts(BaseFeedForward):
     def _can_loop(self, inputs, group_sizes):
         return (
             RUNS_OP_BY_OP
+            and not (GETS_NEW_PAGES and memory.is_kept())
             and self.num_experts - self.num_identity_experts <= FEW_EXPERTS
             and not self.remat
             and (group_sizes is not None or inputs.shape[0] == 1)

@@ -21,6 +21,9 @@ STATE_IS_PASSED = BACKEND == "jax"
 # compiled into one program.
 RUNS_OP_BY_OP = BACKEND in ("tensorflow", "torch")
 
+# Whether large tensors get new pages of memory, unless the process keeps freed ones.
+GETS_NEW_PAGES = BACKEND == "torch"
+
 # Whether XLA can compile `grouped_dense`: not where shapes depend on data.
 XLA_COMPILES_ROWS = BACKEND != "tensorflow"
 

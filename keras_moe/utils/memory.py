@@ -6,6 +6,8 @@ import ctypes
 TRIM_THRESHOLD, MMAP_MAX = -1, -4
 NEVER = 2**31 - 1
 
+_is_kept = False
+
 
 def keep_freed_memory():
     """Lets the process keep the memory of freed tensors for new ones (Linux).
@@ -33,4 +35,11 @@ def keep_freed_memory():
         return False
     # Nothing is mapped by itself, and the end of the heap is not trimmed.
     options = (MMAP_MAX, 0), (TRIM_THRESHOLD, NEVER)
-    return all(set_option(*option) == 1 for option in options)
+    global _is_kept
+    _is_kept = all(set_option(*option) == 1 for option in options)
+    return _is_kept
+
+
+def is_kept():
+    """Returns whether the process keeps freed memory."""
+    return _is_kept

@@ -30,7 +30,9 @@ def test_feed_forward(rng):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_each_expert_processes_its_own_slots(groups, rng):
+@pytest.mark.parametrize("memory_is_kept", [False, True])
+def test_each_expert_processes_its_own_slots(groups, memory_is_kept, rng, monkeypatch):
+    monkeypatch.setattr("keras_moe.utils.memory._is_kept", memory_is_kept)
     x = rng.normal(size=(groups, 3, 5, 4)).astype("float32")
     layer = FeedForwardExperts(
         3, 8, kernel_initializer="glorot_uniform", bias_initializer="random_normal"
