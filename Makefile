@@ -20,7 +20,8 @@ pytest := $(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal
 select ?= -m "not thorough"
 
 .PHONY: help demo examples test test-all test-matrix test-oldest test-newest \
-	test-version test-peers peers lint bench bench-devices bench-routers bench-hub docs dist clean
+	test-version test-peers peers lint bench bench-devices bench-routers bench-hub \
+	docs dist clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"

@@ -27,9 +27,9 @@ from keras_moe.kernels.plain import (  # noqa: F401
 if hasattr(jax, "shard_map"):
     shard_map = functools.partial(jax.shard_map, check_vma=False)
 else:  # Before JAX 0.6.1.
-    from jax.experimental import shard_map
+    from jax.experimental.shard_map import shard_map
 
-    shard_map = functools.partial(shard_map.shard_map, check_rep=False)
+    shard_map = functools.partial(shard_map, check_rep=False)
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
 # matrices less often, come first if the average group fills one.

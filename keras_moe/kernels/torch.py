@@ -84,8 +84,12 @@ def combine_rows(rows, weight, index, num_rows):
         return scatter_add_rows(weigh_rows(rows, weight), index, num_rows)
     groups, width = index.shape[-2], rows.shape[-1]
     index = flat_index(index, num_rows).flatten()
+    in_order, order = torch.sort(index, stable=True)
+    # The first sum is that of the rows without one.
+    sums = torch.arange(-1, groups * num_rows, dtype=index.dtype, device=index.device)
+    firsts = torch.searchsorted(in_order, sums)
     rows, weight = rows.reshape(-1, width), weight.flatten()
-    sums = _WeightedSums.apply(rows, weight, index, groups * num_rows)
+    sums = _WeightedSums.apply(rows, weight, index, order, firsts)
     return sums.reshape(groups, num_rows, width)
 
 
@@ -93,40 +97,33 @@ class _WeightedSums(torch.autograd.Function):
     """Sums of weighted rows by their index, without a copy of the weighted rows."""
 
     @staticmethod
-    def forward(ctx, rows, weight, index, num_sums):
-        ctx.save_for_backward(rows, weight, index)
-        ctx.num_sums = num_sums
-        return _weighted_sums(rows, weight, index, num_sums)
+    def forward(ctx, rows, weight, index, order, firsts):
+        ctx.save_for_backward(rows, weight, index, order, firsts)
+        return _weighted_sums(rows, weight, order, firsts)
 
     @staticmethod
     def backward(ctx, upstream):
-        rows, weight, index = ctx.saved_tensors
+        rows, weight, index, order, firsts = ctx.saved_tensors
         of_rows, of_weight, *_ = ctx.needs_input_grad
         d_rows = d_weight = None
         if torch.is_grad_enabled():  # For a second derivative.
             upstream = _rows_of(upstream, index)
-            return upstream * weight[:, None], (upstream * rows).sum(-1), None, None
+            d_rows, d_weight = upstream * weight[:, None], (upstream * rows).sum(-1)
+            return d_rows, d_weight, None, None, None
         if of_weight:
             with torch.enable_grad():
                 weight_ = weight.detach().requires_grad_()
-                sums = _weighted_sums(rows.detach(), weight_, index, ctx.num_sums)
+                sums = _weighted_sums(rows.detach(), weight_, order, firsts)
             (d_weight,) = torch.autograd.grad(sums, weight_, upstream)
         if of_rows:
             d_rows = _rows_of(upstream, index).mul_(weight[:, None])
-        return d_rows, d_weight, None, None
+        return d_rows, d_weight, None, None, None
 
 
-def _weighted_sums(rows, weight, index, num_sums):
-    index, order = torch.sort(index, stable=True)
-    # The first sum is that of the rows without one.
-    sums = torch.arange(-1, num_sums, dtype=index.dtype, device=index.device)
-    return torch.nn.functional.embedding_bag(
-        order,
-        rows,
-        torch.searchsorted(index, sums),
-        mode="sum",
-        per_sample_weights=weight[order],
-    )[1:]
+def _weighted_sums(rows, weight, order, firsts):
+    """All sums but the first: of the rows in an order, from one of `firsts` each."""
+    options = {"mode": "sum", "per_sample_weights": weight[order]}
+    return torch.nn.functional.embedding_bag(order, rows, firsts, **options)[1:]
 
 
 def _rows_of(sums, index):
