@@ -30,6 +30,8 @@ def scripts(monkeypatch):
         bench, "demo", lambda: dict(zip(("dense", "MoE"), pair(small()), strict=True))
     )
     monkeypatch.setattr(bench, "peers", lambda: {"ours": lambda: pair(small())})
+    # It would change the memory of all tests.
+    monkeypatch.setattr(bench.keras_moe, "keep_freed_memory", lambda: True)
     return bench, report
 
 
@@ -56,6 +58,7 @@ def test_a_small_benchmark_and_its_report(scripts, tmp_path, monkeypatch):
     tables = (tmp_path / "tables.md").read_text()
     for text in (
         "base point",
+        "after `keep_freed_memory`",
         "routing, dispatch and combine",
         "The demo",
         "Other packages",
