@@ -30,6 +30,12 @@ def scripts(monkeypatch):
         bench, "demo", lambda: dict(zip(("dense", "MoE"), pair(small()), strict=True))
     )
     monkeypatch.setattr(bench, "peers", lambda: {"ours": lambda: pair(small())})
+    measure = bench.measure
+    monkeypatch.setattr(
+        bench,
+        "measure",
+        lambda *args, **kwargs: measure(*args, **kwargs | {"rounds": 3}),
+    )
     # It would change the memory of all tests.
     monkeypatch.setattr(bench.keras_moe, "keep_freed_memory", lambda: True)
     return bench, report
