@@ -79,8 +79,7 @@ def scatter_add_rows(rows, index, num_rows):
 
 
 def combine_rows(rows, weight, index, num_rows):
-    traced = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    if traced or rows.device.type == "meta" or not (rows.numel() and _is_eager()):
+    if _is_traced() or rows.device.type == "meta" or not (rows.numel() and _is_eager()):
         return scatter_add_rows(weigh_rows(rows, weight), index, num_rows)
     groups, width = index.shape[-2], rows.shape[-1]
     index = flat_index(index, num_rows).flatten()
@@ -149,7 +148,7 @@ def split_rows(rows, group_sizes):
 
 
 def batched_dense(x, kernel):
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if _is_traced():
         return x @ kernel.make(*kernel.arrays)
     experts, n, hidden = x.shape
     groups = [(i, slice(i * n, (i + 1) * n)) for i in range(experts)]
@@ -291,6 +290,11 @@ def _slices(group_sizes):
 def can_assign(old, new):
     # It cannot compile the other call.
     return torch.compiler.is_compiling() or _is_eager()
+
+
+def _is_traced():
+    """Returns whether the ops become a program, compiled or exported."""
+    return torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
 
 
 def _is_eager():
