@@ -5,9 +5,7 @@ Masked tokens do not count; without any valid token a loss is 0.
 
 import math
 
-from keras import ops
-
-from keras_moe.kernels import sum_over_replicas
+from keras_moe.kernels import ops, sum_over_replicas
 from keras_moe.utils import checks
 
 # Its square, summed over a billion tokens, is finite in float32.

@@ -2,9 +2,8 @@
 
 import keras
 import numpy as np
-from keras import ops
 
-from keras_moe.kernels import STATE_IS_PASSED, assign_part
+from keras_moe.kernels import STATE_IS_PASSED, assign_part, ops
 from keras_moe.kernels.state import OwnedVariable
 
 
@@ -137,8 +136,10 @@ class _RunningMeans:
                 )
             if name not in self._columns:
                 self._add_column(name)
-        sums = ops.stack([_scalar(n, values.get(n, 0.0)) for n in self._columns])
-        weights = np.array([name in values for name in self._columns], "float32")
+        sums = _stacked({name: values.get(name, 0.0) for name in self._columns})
+        weights = ops.ones_like(sums)
+        if len(values) < len(self._columns):
+            weights = np.array([name in values for name in self._columns], "float32")
         weighted = ops.stack([sums, weights], axis=-1) * weight
         empty = self.room - len(self._columns)
         weighted = ops.pad(weighted, [[0, empty], [0, 0]])
@@ -178,13 +179,15 @@ class _RunningMeans:
         )
 
 
-def _scalar(name, value):
-    value = ops.cast(value, "float32")
-    if len(value.shape):
-        raise ValueError(
-            f"A metric must be a scalar. Received: {name!r} of shape {value.shape}."
-        )
-    return value
+def _stacked(values):
+    """Returns a float32 vector of scalars."""
+    for name, value in values.items():
+        shape = tuple(getattr(value, "shape", ()))
+        if shape:
+            raise ValueError(
+                f"A metric must be a scalar. Received: {name!r} of shape {shape}."
+            )
+    return ops.stack([ops.cast(value, "float32") for value in values.values()])
 
 
 class _View(keras.metrics.Metric):

@@ -14,31 +14,46 @@ from keras_moe import (
     Slots,
     Top2MaskedRouter,
 )
-from keras_moe.routing.statistics import routing_statistics
+from keras_moe.routing.statistics import routing_ratios, routing_sums
 
 
-def test_routing_statistics_of_a_table():
+def test_sums_and_ratios_of_a_table():
     # Four valid tokens and a masked one; token 3 is dropped.
     slots = Slots(
         token_index=np.array([[[0, 1], [1, -1], [2, -1]]], "int32"),
         weight=np.array([[[0.5, 0.3], [0.2, 0], [0.4, 0]]], "float32"),
-        probs=np.zeros((1, 5, 3), "float32"),
-        load=np.zeros((1, 3), "float32"),
+        probs=np.array([[[1, 0, 0]] * 4 + [[0, 0, 0]]], "float32"),
+        load=np.array([[0.5, 0.25, 0.25]], "float32"),
     )
     slots = Slots(*(ops.convert_to_tensor(part) for part in slots[:4]))
-    for routing in (slots, RouterMask(slots.dispatch_mask, slots.combine_array)):
-        statistics = routing_statistics(routing, ops.convert_to_tensor(4.0))
-        values = {name: float(value) for name, value in statistics.items()}
-        assert values == pytest.approx(
+    mask = RouterMask(slots.dispatch_mask, slots.combine_array)
+    for routing, load in ((slots, [2, 1, 1]), (mask, [2, 1, 1])):
+        sums = routing_sums(routing, ops.convert_to_tensor(4.0))
+        assert ops.convert_to_numpy(sums.load).tolist() == load
+        scalars = {k: float(v) for k, v in sums._asdict().items() if k != "load"}
+        assert scalars == pytest.approx(
+            {
+                "valid": 4,
+                "left_behind": 1,
+                "weight": 1.4,
+                "filled": 4,
+                "max_load": 1.5,
+                "groups": 1,
+                "selected": 4,
+            }
+        )
+        ratios = {name: float(x) for name, x in routing_ratios(sums).items()}
+        assert ratios == pytest.approx(
             {
                 "fraction_tokens_left_behind": 1 / 4,
                 "router_confidence": 1.4 / 4,
-                "expert_usage": 4 / 6,
+                "max_load": 1.5,
             }
         )
+        assert float(routing.expert_usage) == pytest.approx(4 / 6)
 
 
-def test_statistics_of_no_tokens_are_0():
+def test_sums_and_ratios_of_no_tokens_are_0():
     slots = Slots(
         *(
             ops.convert_to_tensor(part)
@@ -50,8 +65,9 @@ def test_statistics_of_no_tokens_are_0():
             )
         )
     )
-    statistics = routing_statistics(slots, ops.convert_to_tensor(0.0))
-    assert all(float(value) == 0 for value in statistics.values())
+    sums = routing_sums(slots, ops.convert_to_tensor(0.0))
+    values = [*sums, *routing_ratios(sums).values()]
+    assert all(np.all(ops.convert_to_numpy(value) == 0) for value in values)
 
 
 @keras.saving.register_keras_serializable(package="tests")

@@ -2,8 +2,8 @@
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.utils.composite import CompositeLayer
 from keras_moe.utils.traversal import find_layers
 

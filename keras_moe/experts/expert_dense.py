@@ -5,11 +5,10 @@ import warnings
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_moe.experts import quantization
 from keras_moe.experts.adaptation import AdaptableDense
-from keras_moe.kernels import FrozenMatrices, batched_dense, grouped_dense
+from keras_moe.kernels import FrozenMatrices, batched_dense, grouped_dense, ops
 from keras_moe.utils import initializers
 from keras_moe.utils.layouts import lay_out_expert_weight
 

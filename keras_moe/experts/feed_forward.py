@@ -4,10 +4,10 @@ import functools
 import inspect
 
 import keras
-from keras import ops
 
 from keras_moe.experts.adaptation import AdaptableLayer
 from keras_moe.experts.dense import Dense
+from keras_moe.kernels import ops
 from keras_moe.utils import checks, initializers
 from keras_moe.utils.serialization import base_dtype_policy
 
@@ -120,7 +120,12 @@ class BaseFeedForward(AdaptableLayer):
         return self._feed_forward(inputs, training, *self.dense_layers)
 
     def _feed_forward(self, inputs, training, intermediate, output, gate=None):
-        drop = functools.partial(self.inner_dropout_layer, training=training)
+        # Without dropout the layer is not called: its call takes longer than an op.
+        drop = finish = _identity
+        if self.inner_dropout:
+            drop = functools.partial(self.inner_dropout_layer, training=training)
+        if self.output_dropout:
+            finish = functools.partial(self.output_dropout_layer, training=training)
         if self.remat and self.inner_dropout and training:
             # Sampled outside the rematerialized function, which runs twice.
             shape = (*ops.shape(inputs)[:-1], self.d_ff)
@@ -134,7 +139,7 @@ class BaseFeedForward(AdaptableLayer):
 
         if self.remat:
             compute = keras.remat(compute)
-        return self.output_dropout_layer(compute(inputs), training=training)
+        return finish(compute(inputs))
 
     def _activate(self, inner, gate):
         if gate is None:
@@ -188,6 +193,10 @@ class BaseFeedForward(AdaptableLayer):
         layer = super().from_config(config)
         layer._quantization = quantization
         return layer
+
+
+def _identity(x):
+    return x
 
 
 def _takes_gate_and_inner(activation):

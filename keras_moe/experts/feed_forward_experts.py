@@ -1,19 +1,22 @@
 """Feed-forward experts of equal size, computed together."""
 
 import functools
+import math
 
 import keras
-from keras import ops
 
 from keras_moe.experts.expert_dense import ExpertDense
 from keras_moe.experts.feed_forward import BaseFeedForward
-from keras_moe.kernels import GETS_NEW_PAGES, RUNS_OP_BY_OP, split_rows
+from keras_moe.kernels import GETS_NEW_PAGES, RUNS_OP_BY_OP, ops, split_rows
 from keras_moe.utils import checks, memory
 from keras_moe.utils.layouts import refuse_layout
 
 # Up to this number, looping over the experts is faster than batching them, which writes
 # more to memory.
 FEW_EXPERTS = 16
+
+# Tensors of so many numbers are returned to the operating system when they are freed.
+LARGE = 2**22
 
 
 @keras.saving.register_keras_serializable(package="keras_moe")
@@ -155,12 +158,17 @@ class FeedForwardExperts(BaseFeedForward):
     def _can_loop(self, inputs, group_sizes):
         return (
             RUNS_OP_BY_OP
-            and not (GETS_NEW_PAGES and memory.is_kept())
+            and (not GETS_NEW_PAGES or self._gets_new_pages(inputs))
             and self.num_experts - self.num_identity_experts <= FEW_EXPERTS
             and not self.remat
             and (group_sizes is not None or inputs.shape[0] == 1)
             and all(x.quantization_mode is None for x in self.dense_layers)
         )
+
+    def _gets_new_pages(self, inputs):
+        """Returns whether the inner layers of all experts at once get new memory."""
+        size = math.prod(inputs.shape[:-1]) * self.d_ff
+        return size >= LARGE and not memory.is_kept()
 
     def _loop_over_experts(self, inputs, group_sizes, training):
         """Computes one expert at a time, so that its rows stay in the cache."""

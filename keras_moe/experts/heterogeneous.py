@@ -1,9 +1,9 @@
 """Experts of different architectures."""
 
 import keras
-from keras import ops
 
 from keras_moe.experts.adaptation import AdaptableLayer
+from keras_moe.kernels import ops
 from keras_moe.utils import checks
 from keras_moe.utils.layouts import refuse_layout
 

@@ -8,7 +8,8 @@ experts: `kernel`, int8 `[h, f]`, or pairs of 4-bit integers in bytes `[h / 2, f
 
 import keras
 import numpy as np
-from keras import ops
+
+from keras_moe.kernels import ops
 
 NAMES = ("kernel", "kernel_scale", "kernel_zero")
 

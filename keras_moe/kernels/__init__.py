@@ -44,6 +44,7 @@ grouped_dense = _kernels.grouped_dense
 loss_is_reachable = _kernels.loss_is_reachable
 matmul = _kernels.matmul
 num_row_shards = _kernels.num_row_shards
+ops = _kernels.ops
 scatter_add_rows = _kernels.scatter_add_rows
 split_rows = _kernels.split_rows
 sum_over_replicas = _kernels.sum_over_replicas

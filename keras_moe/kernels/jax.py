@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import keras
 from jax import lax
 from jax.sharding import PartitionSpec
+from keras import ops  # noqa: F401
 
 from keras_moe.kernels.plain import (  # noqa: F401
     ForwardPasses,
@@ -32,8 +33,9 @@ else:  # Before JAX 0.6.1.
     shard_map = functools.partial(shard_map, check_rep=False)
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
-# matrices less often, come first if the average group fills one.
-BLOCK, LARGE_BLOCK = 64, 256
+# matrices less often, come first; those that the average group does not fill are not
+# used.
+BLOCKS = 1024, 512, 256, 128, 64
 
 
 # In both, the group is a batching dimension, so that a compiler that partitions groups
@@ -148,7 +150,7 @@ def _grouped_dense(make, rows, arrays, bias, group_sizes):
     if isinstance(num_rows, int) and num_rows:
         return _by_blocks(make, rows, arrays, bias, group_sizes)
     # For an unknown number of rows, or none: one block more.
-    rows = jnp.concatenate([rows, jnp.zeros((BLOCK, rows.shape[1]), rows.dtype)])
+    rows = jnp.concatenate([rows, jnp.zeros((BLOCKS[-1], rows.shape[1]), rows.dtype)])
     return _by_blocks(make, rows, arrays, bias, group_sizes)[:num_rows]
 
 
@@ -241,16 +243,19 @@ def _over_blocks(update, result, group_sizes, num_rows):
     group_sizes = jnp.asarray(group_sizes)
     ends = jnp.cumsum(group_sizes)
     firsts = ends - group_sizes
-    size = BLOCK
+    sizes = BLOCKS[-1:]
     if isinstance(num_rows, int):
-        size = min(num_rows, BLOCK)
-        if num_rows >= LARGE_BLOCK * len(group_sizes):
-            blocks = group_sizes // LARGE_BLOCK
-            whole = firsts, ends, blocks, LARGE_BLOCK, num_rows
-            result = _over_equal_blocks(update, result, *whole)
-            firsts = firsts + LARGE_BLOCK * blocks
-    blocks = -(-(ends - firsts) // size)
-    return _over_equal_blocks(update, result, firsts, ends, blocks, size, num_rows)
+        average = num_rows // len(group_sizes)
+        sizes = [x for x in BLOCKS if x <= average] or [min(*sizes, num_rows)]
+    for size in sizes:
+        blocks = (ends - firsts) // size
+        if size == sizes[-1]:  # With one that is not full.
+            blocks = -(-(ends - firsts) // size)
+        result = _over_equal_blocks(
+            update, result, firsts, ends, blocks, size, num_rows
+        )
+        firsts = firsts + size * blocks
+    return result
 
 
 def _over_equal_blocks(update, result, firsts, ends, blocks, size, num_rows):

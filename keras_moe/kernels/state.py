@@ -8,9 +8,8 @@ manage. In an inner program, state must not change, and losses are out of reach.
 import weakref
 
 import keras
-from keras import ops
 
-from keras_moe.kernels import ForwardPasses, can_assign, loss_is_reachable
+from keras_moe.kernels import ForwardPasses, can_assign, loss_is_reachable, ops
 from keras_moe.kernels.plain import current_scope
 
 

@@ -3,9 +3,9 @@
 import functools
 
 import keras
-from keras import ops
 
 from keras_moe.experts.adaptation import AdaptableLayer
+from keras_moe.kernels import ops
 from keras_moe.routing.dispatch import combine, dispatch, unweighted
 from keras_moe.routing.grouping import group, ungroup
 from keras_moe.routing.sharding import shard_by_expert, shard_by_group

@@ -1,8 +1,6 @@
 """The base class of layers with routers and a capacity."""
 
-from keras import ops
-
-from keras_moe.kernels import as_size
+from keras_moe.kernels import as_size, ops
 from keras_moe.layers.base_layer import BaseMoeLayer
 from keras_moe.routing.grouping import expert_capacity
 from keras_moe.utils import checks

@@ -1,8 +1,8 @@
 """Mixture of Experts with two levels of routing."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.layers.capacity_layer import CapacityMoeLayer
 from keras_moe.losses import router_z_loss
 from keras_moe.routers import MaskedRouter, Router, Top2MaskedRouter

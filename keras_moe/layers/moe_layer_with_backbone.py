@@ -1,10 +1,10 @@
 """A Mixture-of-Experts layer plus a feed-forward layer for every token."""
 
 import keras
-from keras import ops
 
 from keras_moe.experts import FeedForward
 from keras_moe.experts.adaptation import AdaptableLayer
+from keras_moe.kernels import ops
 from keras_moe.layers.moe_layer import MoeLayer
 from keras_moe.routers import Gate
 from keras_moe.utils import checks

@@ -1,9 +1,9 @@
 """A mixture of experts with one gate per task."""
 
 import keras
-from keras import ops
 
 from keras_moe.experts.adaptation import AdaptableLayer
+from keras_moe.kernels import ops
 from keras_moe.layers.base_layer import build_experts, check_mask_shape, count_experts
 from keras_moe.routers import Gate
 from keras_moe.utils import checks

@@ -1,8 +1,8 @@
 """Soft Mixture of Experts: every slot is a weighted mean of all tokens."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.layers.base_layer import BaseMoeLayer
 from keras_moe.routing.values import RouterMask
 from keras_moe.utils import checks, initializers

@@ -3,9 +3,8 @@
 import functools
 
 import keras
-from keras import ops
 
-from keras_moe.kernels import ForwardPasses, sum_over_replicas
+from keras_moe.kernels import ForwardPasses, ops, sum_over_replicas
 from keras_moe.kernels.state import OwnedVariable, add_to
 from keras_moe.routers.masked import MaskedRouter
 from keras_moe.routing.statistics import expert_load

@@ -1,9 +1,8 @@
 """The gate: router probabilities for tokens."""
 
 import keras
-from keras import ops
 
-from keras_moe.kernels import matmul
+from keras_moe.kernels import matmul, ops
 from keras_moe.utils import checks, initializers
 from keras_moe.utils.composite import CompositeLayer
 

@@ -1,8 +1,8 @@
 """Top-k token-choice routing."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.losses import importance_loss
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routing.placement import PRIORITIES, assign_slots, selection_load

@@ -1,8 +1,8 @@
 """Routing in turn, for benchmarks."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.routers.masked import MaskedRouter
 
 

@@ -1,20 +1,14 @@
 """The base class of routers: a gate, a routing, and its losses and metrics."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.kernels.state import LossOutlet
 from keras_moe.losses import load_loss, router_z_loss
 from keras_moe.metrics import LayerMetrics
 from keras_moe.routers.gate import Gate
 from keras_moe.routers.routing_log import RoutingLog
-from keras_moe.routing.statistics import (
-    group_loads,
-    max_loads,
-    mean_max_load,
-    num_selected,
-    routing_statistics,
-)
+from keras_moe.routing.statistics import routing_ratios, routing_sums
 from keras_moe.routing.values import RouterMask, check_routing, with_expert_index
 from keras_moe.utils import checks
 from keras_moe.utils.composite import CompositeLayer
@@ -341,30 +335,20 @@ class Router(LayerMetrics, CompositeLayer):
         self._add_weighted_loss(balance_loss, self.load_balancing_loss_weight)
         if self.export_metrics is False:
             return
-        statistics = routing_statistics(routing, valid)
-        loads = group_loads(routing)
-        largest = max_loads(loads)
+        sums = routing_sums(routing, valid)
         self.add_metrics(
             {
                 "router_z_loss": self.router_z_loss_weight * z_loss,
                 "unscaled_router_z_loss": z_loss,
                 "load_balancing_loss": balance_loss,
-                **statistics,
-                "max_load": mean_max_load(largest),
+                "expert_usage": routing.expert_usage,
+                **routing_ratios(sums),
             },
             # A batch without a valid token, such as that of a replica for which none is
             # left, does not count.
             weight=ops.cast(valid > 0, "float32"),
         )
-        left_behind = statistics["fraction_tokens_left_behind"]
-        self.log.update(
-            valid=valid,
-            left_behind=left_behind,
-            z_loss=z_loss,
-            largest=largest,
-            selected=num_selected(routing),
-            load=ops.sum(loads, axis=0),
-        )
+        self.log.update(sums, z_loss)
 
     def _add_weighted_loss(self, loss, weight):
         if weight:

@@ -1,8 +1,8 @@
 """The routing log: sums over batches that `RoutingMonitor` reads."""
 
 import numpy as np
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.kernels.state import OwnedVariable
 
 
@@ -19,19 +19,22 @@ class RoutingLog:
     def __init__(self, owner, num_experts):
         self.sums = OwnedVariable(owner, "routing_log", (num_experts + 6,))
 
-    def update(self, *, valid, left_behind, z_loss, largest, selected, load):
+    def update(self, sums, z_loss):
         """Adds a batch.
 
         Args:
-            valid: float32 scalar, the number of valid tokens.
-            left_behind: float32 scalar, the fraction of these without an expert.
+            sums: `RoutingSums`.
             z_loss: float32 scalar, unweighted.
-            largest: pair of float32 scalars, the result of `max_loads`.
-            selected: float32 scalar, the number of selected experts.
-            load: float32 `[e]`, the load of each expert in tokens.
         """
-        figures = [valid, valid * left_behind, valid * z_loss, *largest, selected]
-        self.sums.add(ops.concatenate([ops.stack(figures), load]))
+        figures = [
+            sums.valid,
+            sums.left_behind,
+            sums.valid * z_loss,
+            sums.max_load,
+            sums.groups,
+            sums.selected,
+        ]
+        self.sums.add(ops.concatenate([ops.stack(figures), sums.load]))
 
     def read(self):
         """Returns a dict of the sums since the last `clear`, as numpy values."""

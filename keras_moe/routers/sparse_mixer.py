@@ -1,8 +1,8 @@
 """Token-choice routing with the weights of SparseMixer."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routing.placement import assign_slots
 from keras_moe.routing.selection import (

@@ -1,8 +1,8 @@
 """Top-2 token-choice routing with a policy for second choices."""
 
 import keras
-from keras import ops
 
+from keras_moe.kernels import ops
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routing.placement import assign_slots, selection_load
 from keras_moe.routing.selection import Selection, top_k

@@ -1,9 +1,9 @@
 """Token-choice routing with a variable number of experts per token."""
 
 import keras
-from keras import ops
 
 from keras_moe import losses
+from keras_moe.kernels import ops
 from keras_moe.routers.router import Router
 from keras_moe.routers.tokens_choose import TokensChooseRouter
 from keras_moe.routing.placement import assign_slots

@@ -6,9 +6,8 @@ by side, so that its work is one matrix product. Without a capacity they are row
 """
 
 import keras
-from keras import ops
 
-from keras_moe.kernels import combine_rows, gather_rows, weigh_rows
+from keras_moe.kernels import combine_rows, gather_rows, ops, weigh_rows
 from keras_moe.routing.values import RouterMask, Rows, Slots, check_routing
 
 

@@ -7,9 +7,7 @@ holds one or more of them; each example is a row if it is split into groups.
 
 import math
 
-from keras import ops
-
-from keras_moe.kernels import as_size, clip_size
+from keras_moe.kernels import as_size, clip_size, ops
 
 
 def group(inputs, mask, examples_per_group):

@@ -1,12 +1,12 @@
 """Placement: selections and probabilities into `Slots` or `Rows`."""
 
 import keras
-from keras import ops
 
 from keras_moe.kernels import (
     argsort,
     gather_rows,
     num_row_shards,
+    ops,
     scatter_add_rows,
     take_elements,
 )
@@ -113,27 +113,41 @@ def _sort_by_expert(selection, probs, load):
     counts = _counts(experts, num_experts)  # g e
     # Each part of the groups is sorted by itself, for each shard of the experts.
     parts, shards = num_row_shards(groups, num_experts)
-    shard = ops.expand_dims(ops.arange(shards, dtype="int32"), -1)
-    per_shard = num_experts // shards
-    sizes = ops.reshape(counts, (parts, 1, groups // parts, num_experts))
-    is_here = ops.arange(num_experts, dtype="int32") // per_shard == shard
-    sizes = ops.where(is_here, ops.sum(sizes, axis=2), 0)  # parts shards e
+    sizes = ops.reshape(counts, (parts, groups // parts, num_experts))
+    sizes = ops.expand_dims(ops.sum(sizes, axis=1), 1)  # parts 1 e
     rows = groups // parts * tokens * k
     experts = ops.reshape(experts, (parts, 1, rows))
-    is_here = ops.logical_and(experts >= 0, experts // per_shard == shard)
-    order = argsort(ops.where(is_here, experts, num_experts))  # parts shards rows
+    experts = ops.where(experts >= 0, experts, num_experts)
+    if shards > 1:
+        experts, sizes = _split_by_shard(experts, sizes, shards)
     filled = ops.arange(rows, dtype="int32") < ops.sum(sizes, axis=-1, keepdims=True)
-    order = ops.where(filled, ops.cast(order, "int32"), -1)
+    order = ops.where(filled, ops.cast(argsort(experts), "int32"), -1)
     order = ops.reshape(order, (parts, shards * rows))
     weight = ops.reshape(selection.weight, (parts, rows))
     return Rows(
-        token_index=ops.where(order >= 0, order // k, -1),
+        token_index=order // k,  # Rounded down: -1 stays.
         weight=gather_rows(weight, order),
         group_sizes=ops.reshape(sizes, (-1,)),
         probs=probs,
         load=_fractions(counts) if load is None else load,
         expert_index=selection.expert_index,
     )
+
+
+def _split_by_shard(experts, sizes, shards):
+    """Returns what each shard of the experts has: `[parts, shards, ...]`.
+
+    Args:
+        experts: int32 `[parts, 1, rows]`; `e` for none, as for those of other shards.
+        sizes: int32 `[parts, 1, e]`; 0 for the experts of other shards.
+        shards: int that divides `e`.
+    """
+    num_experts = sizes.shape[-1]
+    shard = ops.expand_dims(ops.arange(shards, dtype="int32"), -1)
+    per_shard = num_experts // shards
+    of_shard = ops.arange(num_experts, dtype="int32") // per_shard == shard
+    experts = ops.where(experts // per_shard == shard, experts, num_experts)
+    return experts, ops.where(of_shard, sizes, 0)
 
 
 def choose_tokens(probs, expert_capacity):

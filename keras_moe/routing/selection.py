@@ -2,9 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from keras import ops
-
 from keras_moe import kernels
+from keras_moe.kernels import ops
 
 # The score of an expert that must not be selected.
 EXCLUDED_SCORE = float("-inf")

@@ -1,33 +1,81 @@
 """Routing statistics: how a routing used its experts, as pure functions."""
 
-from keras import ops
+from typing import Any, NamedTuple
 
+from keras_moe.kernels import ops
 from keras_moe.routing.selection import valid_tokens
 from keras_moe.routing.values import RouterMask
 
 
-def routing_statistics(routing, valid):
-    """Returns the router metrics that follow from the routing alone.
+class RoutingSums(NamedTuple):
+    """Sums over the groups of a batch, of which the metrics of a routing are ratios.
+
+    Attributes:
+        valid: float32 scalar, the number of tokens that are not masked.
+        left_behind: float32 scalar, the number of these that are in no slot.
+        weight: float32 scalar, the sum of the combine weights.
+        filled: float32 scalar, the number of filled slots.
+        max_load: float32 scalar, the largest load of an expert over the mean load,
+            which is 1 in a balanced group, summed over the groups with a load.
+        groups: float32 scalar, the number of these groups.
+        selected: float32 scalar, the number of selected experts, before any assignment
+            is dropped; `filled` where experts choose, or if the selection is not known.
+        load: float32 `[e]`, the load of each expert in tokens.
+    """
+
+    valid: Any
+    left_behind: Any
+    weight: Any
+    filled: Any
+    max_load: Any
+    groups: Any
+    selected: Any
+    load: Any
+
+
+def routing_sums(routing, valid):
+    """Returns the `RoutingSums` of a batch.
 
     Args:
         routing: `Slots`, `Rows` or `RouterMask`.
         valid: float32 scalar, the number of tokens that are not masked.
+    """
+    served = ops.sum(ops.cast(routing.slots_per_token > 0, "float32"))
+    filled = ops.sum(routing.assignments)
+    loads = group_loads(routing)
+    total = ops.sum(loads, axis=-1)
+    has_load = total > 0
+    # `initial` allows no groups at all.
+    largest = ops.max(loads, axis=-1, initial=0.0) * loads.shape[-1]
+    return RoutingSums(
+        valid=valid,
+        left_behind=valid - served,
+        weight=ops.sum(routing.weight),
+        filled=filled,
+        max_load=ops.sum(largest / ops.where(has_load, total, 1.0)),
+        groups=ops.sum(ops.cast(has_load, "float32")),
+        selected=num_selected(routing, filled),
+        load=ops.sum(loads, axis=0),
+    )
+
+
+def routing_ratios(sums):
+    """Returns the router metrics that follow from sums of a routing.
+
+    Args:
+        sums: `RoutingSums`.
 
     Returns:
         A dict of float32 scalars, each 0 where its denominator is 0:
         `fraction_tokens_left_behind`, the fraction of valid tokens in no slot;
-        `router_confidence`, the mean combine weight of the filled slots;
-        `expert_usage`, the fraction of slots that are filled or, dropless, of experts
-        with at least one token.
+        `router_confidence`, the mean combine weight of the filled slots; `max_load`,
+        the mean over the groups.
     """
-    served = ops.sum(ops.cast(routing.slots_per_token > 0, "float32"))
-    return {
-        "fraction_tokens_left_behind": _ratio(valid - served, valid),
-        "router_confidence": _ratio(
-            ops.sum(routing.weight), ops.sum(routing.assignments)
-        ),
-        "expert_usage": routing.expert_usage,
-    }
+    parts = ops.stack([sums.left_behind, sums.weight, sums.max_load])
+    wholes = ops.stack([sums.valid, sums.filled, sums.groups])
+    names = "fraction_tokens_left_behind", "router_confidence", "max_load"
+    ratios = ops.unstack(parts / ops.maximum(wholes, 1.0))
+    return dict(zip(names, ratios, strict=True))
 
 
 def expert_load(routing):
@@ -43,11 +91,12 @@ def expert_load(routing):
     return ops.sum(group_loads(routing), axis=0)
 
 
-def num_selected(routing):
+def num_selected(routing, filled=None):
     """Returns the number of selected experts of all tokens.
 
     Args:
         routing: `Slots`, `Rows` or `RouterMask`.
+        filled: float32 scalar, the number of filled slots, if it is known already.
 
     Returns:
         A float32 scalar. Where experts choose, or if the selection is not known, it is
@@ -55,32 +104,8 @@ def num_selected(routing):
     """
     index = getattr(routing, "expert_index", None)
     if index is None or index.shape[-1] == 0:
-        return ops.sum(routing.assignments)
+        return ops.sum(routing.assignments) if filled is None else filled
     return ops.sum(ops.cast(index >= 0, "float32"))
-
-
-def max_loads(loads):
-    """Returns the largest expert load of the groups, relative to their mean load.
-
-    Args:
-        loads: float32 `[g, e]`, the result of `group_loads`.
-
-    Returns:
-        A pair of float32 scalars: the sum over the groups with a valid token of
-        `max(load) / mean(load)`, which is 1 for a balanced group; and the number of
-        these groups.
-    """
-    total = ops.sum(loads, axis=-1)
-    # `initial` allows no groups at all.
-    largest = ops.max(loads, axis=-1, initial=0.0) * loads.shape[-1]
-    relative = largest / ops.where(total > 0, total, 1.0)
-    return ops.sum(relative), ops.sum(ops.cast(total > 0, "float32"))
-
-
-def mean_max_load(max_loads):
-    """Returns the mean over the groups, 0 without any: see `max_loads`."""
-    total, groups = max_loads
-    return _ratio(total, groups)
 
 
 def group_loads(routing):
@@ -94,7 +119,3 @@ def group_loads(routing):
     # A NaN token counts as valid.
     valid = ops.cast(valid_tokens(routing.probs), "float32")
     return routing.load * ops.sum(valid, axis=1, keepdims=True)
-
-
-def _ratio(part, whole):
-    return part / ops.maximum(whole, 1.0)

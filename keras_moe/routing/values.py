@@ -3,9 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
-from keras import ops
-
-from keras_moe.kernels import scatter_add_rows
+from keras_moe.kernels import ops, scatter_add_rows
 
 
 class Slots(NamedTuple):

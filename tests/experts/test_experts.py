@@ -31,8 +31,13 @@ def test_feed_forward(rng):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("memory_is_kept", [False, True])
-def test_each_expert_processes_its_own_slots(groups, memory_is_kept, rng, monkeypatch):
+@pytest.mark.parametrize("are_large", [False, True])
+def test_each_expert_processes_its_own_slots(
+    groups, are_large, memory_is_kept, rng, monkeypatch
+):
     monkeypatch.setattr("keras_moe.utils.memory._is_kept", memory_is_kept)
+    if are_large:
+        monkeypatch.setattr("keras_moe.experts.feed_forward_experts.LARGE", 1)
     x = rng.normal(size=(groups, 3, 5, 4)).astype("float32")
     layer = FeedForwardExperts(
         3, 8, kernel_initializer="glorot_uniform", bias_initializer="random_normal"
