@@ -5,7 +5,7 @@ import keras
 from keras_moe.utils.layouts import register_layout_map
 
 
-def expert_layout_map(device_mesh, axis="expert"):
+def expert_layout_map(device_mesh, axis="expert", inner_axis=None):
     """Creates a layout map that splits experts over the devices of a mesh axis.
 
     The weights of `FeedForwardExperts`, whatever their names, are split along their
@@ -19,13 +19,17 @@ def expert_layout_map(device_mesh, axis="expert"):
         axis: string, the mesh axis over which experts are split. The number of experts
             must be a multiple of its size. It may be the axis of the batch. Defaults to
             `"expert"`.
+        inner_axis: string, the mesh axis over which the inner layer of each expert is
+            split, too (tensor parallelism): the columns of `intermediate` and `gate`,
+            and the rows of `output`. It must not be the axis of the batch. Defaults to
+            `None`, not split.
 
     Returns:
         A `keras.distribution.LayoutMap`.
 
     Raises:
-        ValueError: if the mesh has no such axis; when a model is built, if the number
-            of experts is not a multiple of the axis' size, or for
+        ValueError: if the mesh has no such axes, or they are the same; when a model is
+            built, if the experts or their inner layers cannot be split equally, or for
             `HeterogeneousExperts`, which cannot be split.
 
     Example:
@@ -42,13 +46,23 @@ def expert_layout_map(device_mesh, axis="expert"):
     ```
 
     Reference:
-        [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), section 3.
+        [Lepikhin et al., 2020](https://arxiv.org/abs/2006.16668), section 3;
+        [Shoeybi et al., 2019](https://arxiv.org/abs/1909.08053), section 3, for the
+        inner layer.
     """
-    if axis not in device_mesh.axis_names:
+    axes = {"axis": axis, "inner_axis": inner_axis}
+    if inner_axis is None:
+        del axes["inner_axis"]
+    for name, value in axes.items():
+        if value not in device_mesh.axis_names:
+            raise ValueError(
+                f"`{name}` must be an axis of the mesh, {device_mesh.axis_names}. "
+                f"Received: {name}={value!r}."
+            )
+    if axis == inner_axis:
         raise ValueError(
-            f"`axis` must be an axis of the mesh, {device_mesh.axis_names}. "
-            f"Received: axis={axis!r}."
+            f"`axis` and `inner_axis` must be different axes. Received: {axis!r}."
         )
     layout_map = keras.distribution.LayoutMap(device_mesh)
-    register_layout_map(layout_map, axis)
+    register_layout_map(layout_map, axis, inner_axis)
     return layout_map

@@ -36,6 +36,8 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
 
     # Whether rows are sorted by expert, which float8 does not support.
     takes_rows = False
+    # Whether its inputs are the inner layer of an expert, instead of its outputs.
+    inner_is_input = False
 
     def __init__(
         self,
@@ -86,8 +88,14 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
         if name == "lora_kernel_b":  # Keras has one for all experts.
             shape = (self.num_experts, *shape)
         if shape and shape[0] == self.num_experts:
-            lay_out_expert_weight(f"{self.path}/{name}", shape)
+            lay_out_expert_weight(f"{self.path}/{name}", shape, self._inner_of(name))
         return super().add_weight(shape, *args, name=name, **kwargs)
+
+    def _inner_of(self, name):
+        """Returns which axis of a weight belongs to the inner layer of an expert."""
+        if self.inner_is_input:
+            return None if name == "lora_kernel_b" else 1
+        return None if name == "lora_kernel_a" else 2
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -119,7 +119,9 @@ class FeedForwardExperts(BaseFeedForward):
 
     def _make_dense(self, units, name):
         experts = self.num_experts - self.num_identity_experts
-        return ExpertDense(experts, units, **self._dense_arguments(name))
+        dense = ExpertDense(experts, units, **self._dense_arguments(name))
+        dense.inner_is_input = name == "output"
+        return dense
 
     def build(self, input_shape):
         checks.experts_shape(input_shape, self.num_experts)

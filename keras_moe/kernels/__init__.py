@@ -1,6 +1,6 @@
 """What depends on the backend: operations on rows, and the state of layers.
 
-May import: nothing of this package.
+May import: utils.
 
 No other room imports or names a backend. Each operation has a form in `keras.ops`
 (`plain`) that runs everywhere, and one that is fast on its backend. `state` decides

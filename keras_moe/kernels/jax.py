@@ -24,6 +24,7 @@ from keras_moe.kernels.plain import (  # noqa: F401
     take_elements,
     top_k,  # TensorFlow cannot read `lax.top_k` in a SavedModel.
 )
+from keras_moe.utils.layouts import inner_axes
 
 if hasattr(jax, "shard_map"):
     shard_map = functools.partial(jax.shard_map, check_vma=False)
@@ -136,7 +137,9 @@ def _mesh_axes(num_experts):
     """Returns the mesh, the axis of the batch, and the axes that split the experts."""
     distribution = keras.distribution.distribution()
     mesh, batch = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
-    others = [axis for axis in distribution.device_mesh.axis_names if axis != batch]
+    not_of_experts = {batch, *inner_axes()}
+    names = distribution.device_mesh.axis_names
+    others = [axis for axis in names if axis not in not_of_experts]
     if num_experts % math.prod(mesh.shape[axis] for axis in others):
         others = []  # The experts are replicated.
     return mesh, batch, tuple(others)

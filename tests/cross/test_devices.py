@@ -85,18 +85,21 @@ def outputs(mode, factor):
 
 cases = [(mode, factor) for mode in (None, "int8", "int4") for factor in (2.0, None)]
 alone = [outputs(*case) for case in cases]
-mesh = keras.distribution.DeviceMesh(
-    (2, 4), ["batch", "expert"], keras.distribution.list_devices()[:8])
-keras.distribution.set_distribution(keras.distribution.ModelParallel(
-    layout_map=keras_moe.distribution.expert_layout_map(mesh), batch_dim_name="batch"))
-for case, expected in zip(cases, alone):
-    found = outputs(*case)
-    np.testing.assert_allclose(found, expected, atol=1e-4, err_msg=str(case))
+for shape, inner_axis in ((2, 4), None), ((2, 2, 2), "inner"):
+    mesh = keras.distribution.DeviceMesh(
+        shape, ["batch", "expert", "inner"][:len(shape)],
+        keras.distribution.list_devices()[:8])
+    layout_map = keras_moe.distribution.expert_layout_map(mesh, inner_axis=inner_axis)
+    keras.distribution.set_distribution(keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name="batch"))
+    for case, expected in zip(cases, alone):
+        found = outputs(*case)
+        np.testing.assert_allclose(found, expected, atol=1e-5, err_msg=str(case))
 """
 
 
 def test_adapters_and_quantized_experts_on_several_devices():
-    """Split over the mesh 2 x 4 with their scales, as on one device."""
+    """Split over the meshes 2 x 4 and 2 x 2 x 2 with their scales, as on one device."""
     flags = "--xla_force_host_platform_device_count=8"
     run_python("-c", ADAPTED, backend="jax", XLA_FLAGS=flags)
 

@@ -55,6 +55,63 @@ def test_all_weights_of_experts_are_split(layout_map, change, rng):
     assert np.isfinite(keras.ops.convert_to_numpy(layer(x))).all()
 
 
+# The weights along whose axis the inner layers are split, if any.
+INNER = {
+    "intermediate/kernel": 2,
+    "intermediate/bias": 2,
+    "intermediate/kernel_scale": 2,
+    "intermediate/kernel_zero": 2,
+    "intermediate/lora_kernel_a": None,
+    "intermediate/lora_kernel_b": 2,
+    "output/kernel": 1,
+    "output/bias": None,
+    "output/kernel_scale": None,  # One block.
+    "output/kernel_zero": None,
+    "output/lora_kernel_a": 1,
+    "output/lora_kernel_b": None,
+}
+
+
+@on_jax
+@pytest.mark.parametrize("change", [None, "lora", "int8", "int4"])
+def test_inner_layers_are_split(change, monkeypatch):
+    # A mesh of two devices per axis, for layouts alone.
+    mesh = keras.distribution.DeviceMesh(
+        (1, 2, 2), ["batch", "expert", "inner"], [0] * 4
+    )
+    layout_map = keras_moe.distribution.expert_layout_map(mesh, inner_axis="inner")
+    monkeypatch.setattr(
+        keras.distribution,
+        "distribution",
+        lambda: keras.distribution.ModelParallel(
+            layout_map=layout_map, batch_dim_name="batch", auto_shard_dataset=False
+        ),
+    )
+    layer = keras_moe.FeedForwardExperts(E, F, gated=True, name="ffn")
+    layer.build((1, E, 2, H))
+    if change == "lora":
+        layer.enable_lora(2)
+    elif change:
+        layer.quantize(change)
+    for weight in layer.weights:
+        _, *path = weight.path.split("/")
+        inner = INNER["/".join(path).replace("gate/", "intermediate/")]
+        axes = ["expert", None, None]
+        if inner is not None:
+            axes[inner] = "inner"
+        assert layout_map[weight.path].axes == tuple(axes), weight.path
+
+
+@on_jax
+def test_inner_layers_that_cannot_be_split():
+    devices = keras.distribution.list_devices()[:1]
+    mesh = keras.distribution.DeviceMesh((1, 1), ["batch", "expert"], devices)
+    with pytest.raises(ValueError, match="different axes"):
+        keras_moe.distribution.expert_layout_map(mesh, inner_axis="expert")
+    with pytest.raises(ValueError, match="inner_axis='inner'"):
+        keras_moe.distribution.expert_layout_map(mesh, inner_axis="inner")
+
+
 @on_jax
 def test_entries_of_users_count(layout_map):
     layout_map["moe/intermediate/kernel"] = ("expert", None, "batch")
