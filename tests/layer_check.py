@@ -5,6 +5,7 @@ import json
 
 import keras
 import numpy as np
+from versions import logs_of_batch
 
 
 def check_layer(make, shape, path, batch=4):
@@ -75,8 +76,8 @@ def check_file(make, shape, path, batch=4):
     assert expected.shape == x.shape
     np.testing.assert_allclose(call(loaded, x), expected, atol=1e-6)
     assert [w.path for w in loaded.weights] == [w.path for w in model.weights]
-    again = model.test_on_batch(x, x, return_dict=True)
-    assert loaded.test_on_batch(x, x, return_dict=True) == again
+    again = logs_of_batch(model.test_on_batch, x, x)
+    assert logs_of_batch(loaded.test_on_batch, x, x) == again
     assert np.isfinite(loaded.train_on_batch(x, x)).all()
 
 
@@ -85,7 +86,7 @@ def check_step(model, x, **compile_arguments):
     # With the default rate, a step of a scale near 1 can be less than float32 resolves.
     model.compile(keras.optimizers.SGD(1.0), "mse", **compile_arguments)
     with changes_every_weight(model, x):
-        logs = model.train_on_batch(x, x[..., ::-1], return_dict=True)
+        logs = logs_of_batch(model.train_on_batch, x, x[..., ::-1])
     assert np.isfinite(list(logs.values())).all(), logs
 
 

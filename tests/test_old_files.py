@@ -10,9 +10,11 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+from versions import needs_keras
 
 import keras_moe
 
+pytestmark = needs_keras((3, 15), "wrote the files")
 DATA = pathlib.Path(__file__).parent / "data" / "0.1.0"
 
 

@@ -6,6 +6,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+import versions
 from gradients import gradients
 from keras import ops
 from layer_check import functional
@@ -14,6 +15,9 @@ import keras_moe
 from keras_moe.experts.expert_dense import ExpertDense
 
 E, F, H, T = 4, 32, 16, 24
+if versions.KERAS < versions.WITH_QUANTIZATION:
+    pytest.skip(versions.SKIPPED, allow_module_level=True)
+
 quantizers = keras.quantizers
 CONFIGS = {
     "int8": quantizers.Int8QuantizationConfig(),

@@ -5,12 +5,16 @@ import pathlib
 import keras
 import numpy as np
 import pytest
+import versions
 from keras import ops
 
 import keras_moe
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "fine-tuning.md"
 E, F, H, T = 4, 8, 6, 12
+if versions.KERAS < versions.WITH_QUANTIZATION:
+    pytest.skip(versions.SKIPPED, allow_module_level=True)
+
 quantizers = keras.quantizers
 # The arguments of `quantize` that the rows name.
 ARGUMENTS = {
