@@ -12,6 +12,14 @@ NO_QUANTIZATION = "needs Keras 3.14", "Invalid quantization mode"
 SKIPPED = "quantizes experts, for which this Keras is too old"
 
 
+# TensorFlow 2.16 computes wrong values in `vectorized_map`, also for `layers.Dense`.
+VECTORIZES = True
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    VECTORIZES = not tf.__version__.startswith("2.16.")
+
+
 def needs_keras(version, what):
     """Marks a test that needs a version `(3, minor)`, which has `what`."""
     return pytest.mark.skipif(

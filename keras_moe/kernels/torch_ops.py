@@ -173,7 +173,8 @@ def stack(tensors, axis=0):
 
 
 def where(condition, x, y):
-    are_plain = _is_plain(condition) and _fit_together(x, y)
+    is_mask = _is_plain(condition) and condition.dtype == torch.bool
+    are_plain = is_mask and _fit_together(x, y)
     return (torch if are_plain else ops).where(condition, x, y)
 
 
