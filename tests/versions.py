@@ -1,4 +1,4 @@
-"""What older versions of Keras lack: see `docs/versions.md`."""
+"""What older versions of Keras and TensorFlow lack, for the tests that need it."""
 
 import keras
 import pytest
