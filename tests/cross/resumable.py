@@ -1,9 +1,4 @@
-"""Trains with a backup after each epoch: `resumable.py FOLDER EPOCHS`.
-
-On JAX also as one of two processes with four devices each, on a mesh of two by four:
-`resumable.py FOLDER EPOCHS PROCESS ADDRESSES`. The first process writes the backups,
-and both read them.
-"""
+"""Trains with a backup after each epoch: `resumable.py FOLDER EPOCHS`."""
 
 import contextlib
 import json
@@ -28,9 +23,8 @@ class Data(keras.utils.PyDataset):
 
     epoch = 0
 
-    def __init__(self, part):
+    def __init__(self):
         super().__init__()
-        self.part = part
         rng = np.random.default_rng(0)
         shape = (STEPS, BATCH, LENGTH, HIDDEN)
         self.x = rng.normal(size=shape).astype("float32")
@@ -42,7 +36,7 @@ class Data(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         step = np.random.default_rng(self.epoch).permutation(STEPS)[index]
-        return self.x[step][self.part], self.y[step][self.part]
+        return self.x[step], self.y[step]
 
 
 class Backup(keras.callbacks.BackupAndRestore):
@@ -51,16 +45,6 @@ class Backup(keras.callbacks.BackupAndRestore):
     def on_train_begin(self, logs=None):
         with contextlib.suppress(json.JSONDecodeError):
             super().on_train_begin(logs)
-
-
-class ReadBackup(Backup):
-    """Resumes from the backup of another process."""
-
-    def on_epoch_end(self, epoch, logs=None):
-        pass
-
-    def on_train_end(self, logs=None):
-        pass
 
 
 class Epochs(keras.callbacks.Callback):
@@ -96,10 +80,9 @@ def build_model():
     return model
 
 
-def train(folder, epochs, part=slice(None), is_first=True):
+def train(folder, epochs):
     keras.utils.set_random_seed(0)
-    model, data = build_model(), Data(part)
-    backup = Backup if is_first else ReadBackup
+    model, data = build_model(), Data()
     model.fit(
         data,
         epochs=2 * epochs,
@@ -107,35 +90,12 @@ def train(folder, epochs, part=slice(None), is_first=True):
         verbose=0,
         callbacks=[
             Epochs(data, epochs),
-            backup(f"{folder}/backup", double_checkpoint=True),
+            Backup(f"{folder}/backup", double_checkpoint=True),
         ],
     )
     states = [*model.weights, *model.optimizer.variables]
-    if is_first:
-        np.savez(f"{folder}/end.npz", *map(keras.ops.convert_to_numpy, states))
-
-
-def train_on_mesh(folder, epochs, process, addresses):
-    import jax
-
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    keras.distribution.initialize(addresses, 2, process)
-    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "expert"])
-    keras.distribution.set_distribution(
-        keras.distribution.ModelParallel(
-            layout_map=keras_moe.distribution.expert_layout_map(mesh),
-            batch_dim_name="batch",
-            auto_shard_dataset=False,
-        )
-    )
-    half = BATCH // 2
-    part = slice(process * half, (process + 1) * half)
-    train(folder, epochs, part, is_first=process == 0)
+    np.savez(f"{folder}/end.npz", *map(keras.ops.convert_to_numpy, states))
 
 
 if __name__ == "__main__":
-    folder, epochs, *process = sys.argv[1:]
-    if process:
-        train_on_mesh(folder, int(epochs), int(process[0]), process[1])
-    else:
-        train(folder, int(epochs))
+    train(sys.argv[1], int(sys.argv[2]))

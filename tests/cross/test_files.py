@@ -13,6 +13,7 @@ def make(router, **kwargs):
     experts = keras_moe.FeedForwardExperts(4, 16, kernel_initializer="he_normal")
     return keras_moe.MoeLayer(experts, router, train_capacity_factor=2.0, **kwargs)
 
+keras.utils.set_random_seed(0)
 x = keras.Input((None, 8))
 y = x + make(keras_moe.BiasBalancedMaskedRouter(4, bias_update_rate=0.1))(x)
 y = y + keras_moe.MoeLayerWithBackbone(
@@ -53,7 +54,8 @@ for folder in others:
     np.testing.assert_allclose(found, data["y"], atol=1e-4)
 model.compile("adam", "mse")
 losses = model.fit(data["x"], data["x"], epochs=20, verbose=0).history["loss"]
-assert losses[-1] < losses[0], losses
+# The bias, which moves fast here, makes the loss go up and down.
+assert sum(losses[-2:]) < sum(losses[:2]), losses
 """
 
 

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,32 +16,14 @@ KILLS = int(os.environ.get("KILLS", "2"))
 EPOCHS = 10 * (KILLS + 1)
 
 
-# How a model is trained: on a backend, or on JAX by two processes.
-TWO = "two processes"
-TWO_ENVIRONMENT = {
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    # Threads of JAX; with fewer, sums over processes may block all of them.
-    "NPROC": "32",
-}
-
-
-def start(folder, how):
-    """Starts training, and returns its processes; the first one prints its epochs."""
-    command = [sys.executable, TESTS / "cross" / "resumable.py", folder, str(EPOCHS)]
-    if how != TWO:
-        return [start_process(command, process_environment(how))]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = process_environment("jax", **TWO_ENVIRONMENT)
-    return [
-        start_process([*command, str(i), f"{address},{address}"], environment)
-        for i in range(2)
-    ]
-
-
-def start_process(command, environment):
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+def start(folder, backend):
+    program = TESTS / "cross" / "resumable.py"
+    return subprocess.Popen(
+        [sys.executable, program, folder, str(EPOCHS)],
+        env=process_environment(backend),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def next_epoch(process):
@@ -52,29 +33,26 @@ def next_epoch(process):
     return int(epoch)
 
 
-@pytest.mark.parametrize("how", [*BACKENDS, TWO])
-def test_training_resumes_after_random_kills(how, tmp_path):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_resumes_after_random_kills(backend, tmp_path):
     random_delay, starts, results = random.Random(0), [], {}
     for name, kills in (("whole", 0), ("killed", KILLS)):
         folder = tmp_path / name
         folder.mkdir()
         for kill in range(kills):
-            processes = start(folder, how)
-            starts.append(next_epoch(processes[0]))
-            next_epoch(processes[0])
+            process = start(folder, backend)
+            starts.append(next_epoch(process))
+            next_epoch(process)
             time.sleep(random_delay.uniform(0, 0.2))
-            for process in processes:
-                process.kill()
-            for process in processes:
-                assert process.wait() == -signal.SIGKILL, "It had already ended."
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, "The process had already ended."
             if kill == 0:
                 # Simulates a kill while Keras writes this file.
                 (folder / "backup" / "training_metadata.json").write_text("")
-        processes = start(folder, how)
-        starts.append(next_epoch(processes[0]))
-        for process in processes:
-            process.communicate()
-            assert process.returncode == 0
+        process = start(folder, backend)
+        starts.append(next_epoch(process))
+        process.communicate()
+        assert process.returncode == 0
         results[name] = np.load(folder / "end.npz")
     # The uninterrupted run and the first killed one start at 0, the others later.
     assert starts[:2] == [0, 0]
@@ -82,5 +60,5 @@ def test_training_resumes_after_random_kills(how, tmp_path):
     whole, killed = results["whole"], results["killed"]
     assert len(whole.files) > 20
     largest = max(np.abs(killed[n] - whole[n]).max() for n in whole.files)
-    print(f"{how}: started at epochs {starts[1:]}, largest difference {largest:g}")
+    print(f"{backend}: started at epochs {starts[1:]}, largest difference {largest:g}")
     assert largest < 1e-6
