@@ -139,9 +139,9 @@ def test_code_among_the_experts_is_refused(rng, tmp_path):
     layer = MoeLayer(keras_moe.HeterogeneousExperts(experts), MaskedRouter(2))
     model = functional(layer, (4, H))
     model.save(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match=r"Lambda.*(arbitrary code|unsafe)"):
+    with pytest.raises(ValueError, match=r"Lambda.*arbitrary code"):
         keras.models.load_model(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match=r"Lambda.*(arbitrary code|unsafe)"):
+    with pytest.raises(ValueError, match=r"Lambda.*arbitrary code"):
         MoeLayer.from_config(layer.get_config())
 
     # It loads if the user trusts it.

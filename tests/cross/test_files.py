@@ -15,7 +15,7 @@ def make(router, **kwargs):
 
 keras.utils.set_random_seed(0)
 x = keras.Input((None, 8))
-y = x + make(keras_moe.BiasBalancedMaskedRouter(4, bias_update_rate=0.1))(x)
+y = x + make(keras_moe.BiasBalancedMaskedRouter(4, bias_update_rate=0.001))(x)
 y = y + keras_moe.MoeLayerWithBackbone(
     make(keras_moe.ExpertsChooseMaskedRouter(4), examples_per_group=2), 8)(y)
 y = y + keras_moe.SoftMoeLayer(keras_moe.FeedForwardExperts(4, 16))(y)
@@ -54,8 +54,7 @@ for folder in others:
     np.testing.assert_allclose(found, data["y"], atol=1e-4)
 model.compile("adam", "mse")
 losses = model.fit(data["x"], data["x"], epochs=20, verbose=0).history["loss"]
-# The bias, which moves fast here, makes the loss go up and down.
-assert sum(losses[-2:]) < sum(losses[:2]), losses
+assert losses[-1] < losses[0], losses
 """
 
 
