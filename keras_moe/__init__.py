@@ -53,7 +53,7 @@ from keras_moe.upcycling import (
 )
 from keras_moe.utils.memory import keep_freed_memory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BiasBalancedMaskedRouter",

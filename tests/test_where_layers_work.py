@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from keras import ops
 from layer_check import functional, random_inputs
-from versions import VECTORIZES, logs_of_batch
+from versions import logs_of_batch, needs_keras, needs_newer
 
 import keras_moe
 from keras_moe.layers.base_layer import BaseMoeLayer
@@ -260,7 +260,8 @@ def test_each_loss_once():
     assert counts == {LOSSES[hierarchical]}
 
 
-@pytest.mark.skipif(not VECTORIZES, reason="wrong for any layer in this TensorFlow")
+@needs_newer("tensorflow", (2, 16))
+@needs_newer("torch", (2, 6))
 @fixed_sizes
 def test_vmap(make):
     """`ops.vectorized_map`"""
@@ -453,6 +454,7 @@ def test_remat(make):
     )
 
 
+@needs_keras((3, 13), "recomputes all layers", "torch")
 @every_layer
 @pytest.mark.parametrize(
     # Some layers; or all, with which no layer that has an argument `training` works on
@@ -502,6 +504,7 @@ def test_jit_compile(make):
 
 
 @on["torch"]
+@needs_newer("torch", (2, 3))
 @pytest.mark.parametrize("make", [dropless, soft])
 def test_torch_compile(make):
     """`torch.compile`"""
@@ -515,6 +518,7 @@ def test_torch_compile(make):
 
 
 @on["torch"]
+@needs_newer("torch", (2, 3))
 def test_torch_compile_for_training():
     """`torch.compile`"""
     import torch
@@ -529,6 +533,7 @@ def test_torch_compile_for_training():
 
 
 @on["torch"]
+@needs_newer("torch", (2, 9))
 @pytest.mark.parametrize("num_experts", [4, 20])
 @every_layer
 def test_torch_export(make, num_experts, monkeypatch):
@@ -544,6 +549,7 @@ def test_torch_export(make, num_experts, monkeypatch):
     np.testing.assert_allclose(numpy(program(x)), outputs(model), atol=1e-5)
 
 
+@needs_keras((3, 14), "keeps the losses of both calls", "jax")
 @every_layer
 def test_two_calls(make):
     """Two calls of a layer in one step"""

@@ -1,9 +1,20 @@
-"""What older versions of Keras and TensorFlow lack, for the tests that need it."""
+"""What older versions of Keras and of the backends lack, for the tests that need it."""
+
+import importlib
 
 import keras
 import pytest
 
-KERAS = tuple(int(number) for number in keras.__version__.split(".")[:2])
+
+def numbers(version):
+    """Returns the first two numbers of a version."""
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+BACKEND = keras.backend.backend()
+KERAS = numbers(keras.__version__)
+# A backend has the name of its module.
+OF_BACKEND = numbers(importlib.import_module(BACKEND).__version__)
 
 # Quantizes experts.
 WITH_QUANTIZATION = (3, 14)
@@ -12,18 +23,20 @@ NO_QUANTIZATION = "needs Keras 3.14", "Invalid quantization mode"
 SKIPPED = "quantizes experts, for which this Keras is too old"
 
 
-# TensorFlow 2.16 computes wrong values in `vectorized_map`, also for `layers.Dense`.
-VECTORIZES = True
-if keras.backend.backend() == "tensorflow":
-    import tensorflow as tf
-
-    VECTORIZES = not tf.__version__.startswith("2.16.")
-
-
-def needs_keras(version, what):
-    """Marks a test that needs a version `(3, minor)`, which has `what`."""
+def needs_keras(version, what, backend=BACKEND):
+    """Marks a test that needs a version `(3, minor)`, on a backend: it has `what`."""
     return pytest.mark.skipif(
-        version > KERAS, reason=f"Keras {version[0]}.{version[1]} {what}"
+        version > KERAS and backend == BACKEND,
+        reason=f"Keras {version[0]}.{version[1]} {what}",
+    )
+
+
+def needs_newer(backend, version):
+    """Marks a test that a fault of a backend fails in some versions, the last of them
+    `(major, minor)`."""
+    return pytest.mark.skipif(
+        version >= OF_BACKEND and backend == BACKEND,
+        reason=f"a fault of {backend} {version[0]}.{version[1]}",
     )
 
 

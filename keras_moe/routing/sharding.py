@@ -34,7 +34,9 @@ def _reshard(buffers, experts, source_axis, target_axis):
         return buffers
     batch, mesh = distribution.batch_dim_name, distribution.device_mesh
     layout = distribution.get_variable_layout(experts.weights[0])
-    if list(layout.axes[:1]) != [batch]:
+    # Before Keras 3.15 that of a variable is the sharding of the backend.
+    axes = layout.axes if hasattr(layout, "axes") else layout.spec
+    if tuple(axes[:1]) != (batch,):
         return buffers
     for sharded_axis in (source_axis, target_axis):
         axes = [batch if axis == sharded_axis else None for axis in range(4)]
