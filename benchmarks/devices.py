@@ -10,8 +10,8 @@ collectives of the compiled training step, and compares their bytes with the for
 docs/scaling.md.
 
 A mesh `2x4` has two devices for the batch and four for the experts; a mesh `8` has
-eight for both. Results are written to `devices_<backend>.json`, and those of all
-backends to `devices.md`.
+eight for both; `2x2x2` has two for the inner layer of each expert, too. Results are
+written to `devices_<backend>.json`, and those of all backends to `devices.md`.
 """
 
 import argparse
@@ -38,8 +38,9 @@ BATCH, LENGTH, HIDDEN, D_FF, EXPERTS, K = 16, 64, 64, 128, 16, 2
 STEPS = 20
 TOP_K = keras_moe.MaskedRouter, {"num_selected_experts": K}
 # A router, its arguments and the capacity factor.
+TOKENS_CHOOSE = (*TOP_K, float(K))
 KINDS = {
-    "tokens choose": (*TOP_K, float(K)),
+    "tokens choose": TOKENS_CHOOSE,
     "dropless": (*TOP_K, None),
     "experts choose": (keras_moe.ExpertsChooseMaskedRouter, {}, float(K)),
     "bias and batch balanced": (
@@ -52,8 +53,18 @@ KINDS = {
         },
         float(K),
     ),
+    "adapters": TOKENS_CHOOSE,
+    "adapters on int8 experts": TOKENS_CHOOSE,
+    "adapters on int4 experts": TOKENS_CHOOSE,
 }
+ADAPTED = {
+    "adapters": None,
+    "adapters on int8 experts": "int8",
+    "adapters on int4 experts": "int4",
+}
+RANK = 4
 MESHES = ["1x2", "2x1", "1x4", "2x2", "4x1", "1x8", "2x4", "4x2", "8x1", "2", "4", "8"]
+MESHES += ["1x2x2", "2x2x2"]
 COLLECTIVES = "all-reduce", "all-gather", "all-to-all", "reduce-scatter"
 # A collective in a compiled program, with the type of its results. Collectives whose
 # replica groups have one device each are skipped: they move no data.
@@ -69,6 +80,7 @@ REPLICA_MEANS = "moe/router_confidence", "moe/expert_usage"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), help="of `KINDS`")
     parser.add_argument("--meshes", nargs="*", default=MESHES, help="only on JAX")
     parser.add_argument(
         "--output",
@@ -83,7 +95,7 @@ def main():
         "torch": compare_torch,
     }[BACKEND]
     results = []
-    for result in compare_engine(options.meshes):
+    for result in compare_engine(options.kinds, options.meshes):
         print(result, flush=True)
         results.append(result)
     options.output.mkdir(parents=True, exist_ok=True)
@@ -111,6 +123,10 @@ def build_model(kind):
         name="moe",
     )
     model = keras.Model(inputs, x + moe(x))
+    if kind in ADAPTED:
+        if ADAPTED[kind]:
+            moe.quantize(ADAPTED[kind])
+        moe.enable_lora(RANK)
     model.compile(keras.optimizers.Adam(1e-3), "mse")
     return model
 
@@ -169,12 +185,12 @@ def largest_difference(actual, expected):
 # JAX
 
 
-def compare_jax(meshes):
+def compare_jax(kinds, meshes):
     """Yields the comparisons on meshes and on two processes."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", 8)
-    for kind in KINDS:
+    for kind in kinds:
         expected = fit(build_model(kind))
         for mesh in meshes:
             keras.distribution.set_distribution(distribution(mesh))
@@ -207,9 +223,13 @@ def distribution(mesh):
     """Creates the `ModelParallel` distribution of a mesh such as `"2x4"`."""
     shape = mesh_shape(mesh)
     devices = keras.distribution.list_devices()[: math.prod(shape)]
-    names = ["batch", "expert"][: len(shape)]
+    names = ["batch", "expert", "inner"][: len(shape)]
     mesh = keras.distribution.DeviceMesh(shape, names, devices)
-    layout_map = keras_moe.distribution.expert_layout_map(mesh, axis=names[-1])
+    layout_map = keras_moe.distribution.expert_layout_map(
+        mesh,
+        axis="expert" if "expert" in names else "batch",
+        inner_axis="inner" if "inner" in names else None,
+    )
     return keras.distribution.ModelParallel(
         layout_map=layout_map, batch_dim_name="batch"
     )
@@ -252,12 +272,20 @@ def expected_bytes(kind, mesh):
     """Returns the bytes of each collective by the formulas of docs/scaling.md."""
     batch, *experts = mesh_shape(mesh)
     tokens = 4 * BATCH * LENGTH // batch * HIDDEN
-    expert_weights = 4 * EXPERTS * (2 * HIDDEN * D_FF + HIDDEN + D_FF)
+    # With and without an axis of the inner layer, of those that are trained.
+    if kind in ADAPTED:
+        split, whole = RANK * 2 * D_FF + D_FF, RANK * 2 * HIDDEN + HIDDEN
+    else:
+        split, whole = 2 * HIDDEN * D_FF + D_FF, HIDDEN
+    inner = experts[1] if len(experts) > 1 else 1
+    expert_weights = 4 * EXPERTS * (split // inner + whole)
     other_weights = 4 * (HIDDEN * HIDDEN + HIDDEN + HIDDEN * EXPERTS + EXPERTS)
     moved = collections.Counter()
     if experts:
-        if experts[0] > 1:
+        if math.prod(experts) > 1:
             moved["all-reduce"] += 2 * tokens
+        if inner > 1:  # Buffers and their gradients, with `K` slots per token.
+            moved["all-reduce"] += 2 * K * tokens // experts[0]
         if batch > 1:
             moved["all-reduce"] += expert_weights // experts[0] + other_weights
     elif kind == "dropless":
@@ -272,7 +300,7 @@ def expected_bytes(kind, mesh):
 # TensorFlow
 
 
-def compare_tensorflow(_):
+def compare_tensorflow(kinds, _):
     """Yields the comparisons with two replicas of a `MirroredStrategy`."""
     import tensorflow as tf
 
@@ -283,7 +311,7 @@ def compare_tensorflow(_):
     two = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, two)
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    for kind in KINDS:
+    for kind in kinds:
         expected = fit(build_model(kind))
         with strategy.scope():
             model = build_model(kind)
@@ -293,15 +321,15 @@ def compare_tensorflow(_):
 # PyTorch
 
 
-def compare_torch(_):
+def compare_torch(kinds, _):
     """Yields the comparisons with two processes of `DistributedDataParallel`."""
     import torch
 
     with tempfile.TemporaryDirectory() as folder:
         for processes in 1, 2:
-            arguments = processes, folder
+            arguments = processes, folder, kinds
             torch.multiprocessing.spawn(train_replica, arguments, processes)
-        for kind in KINDS:
+        for kind in kinds:
             (expected_logs, weights), (_, first), (logs, second) = (
                 replica_results(f"{folder}/{kind}-{replica}.npz")
                 for replica in ("0-of-1", "0-of-2", "1-of-2")
@@ -316,7 +344,7 @@ def replica_results(file):
     return {"loss": results.pop("loss")}, list(results.values())
 
 
-def train_replica(rank, processes, folder):
+def train_replica(rank, processes, folder, kinds):
     """Trains on this process's part of each batch, in a custom training loop."""
     import torch
 
@@ -329,7 +357,7 @@ def train_replica(rank, processes, folder):
     torch.set_num_threads(1)  # Leaves a core to the other process.
     size = BATCH // processes
     x, y = (torch.from_numpy(a[rank * size :][:size].copy()) for a in make_data())
-    for kind in KINDS:
+    for kind in kinds:
         model = build_model(kind)
         parallel = torch.nn.parallel.DistributedDataParallel(model)
         weights = [variable.value for variable in model.trainable_variables]
@@ -368,16 +396,19 @@ def page(results):
         f"{BATCH} × {LENGTH} tokens, h {HIDDEN}, f {D_FF}, {EXPERTS} experts, k {K}.",
         "",
         "- Mesh or engine: a mesh `2x4` has two devices for the batch and four for",
-        "  the experts; a mesh `8` has eight for both. Two processes on JAX train the",
-        "  model of `examples/many_devices.py`. `MirroredStrategy` (TensorFlow) has",
-        "  two replicas, `DistributedDataParallel` (PyTorch) two processes.",
+        "  the experts; a mesh `8` has eight for both; `2x2x2` has two for the inner",
+        "  layer of each expert, too. Two processes on JAX train the model of",
+        "  `examples/many_devices.py`. `MirroredStrategy` (TensorFlow) has two",
+        "  replicas, `DistributedDataParallel` (PyTorch) two processes.",
         "- Logs: the largest absolute difference of losses and metrics in any step.",
         "  With two processes, only the loss is compared. `router_confidence` and",
         "  `expert_usage` are left out, since each replica computes its own.",
         "- Weights: the largest absolute difference after the last step.",
         "- All-reduce, all-gather, all-to-all: the bytes that these collectives return",
         "  to one device in a training step and, in parentheses, the bytes by the",
-        "  formulas in [Scaling](../scaling.md#memory-and-communication).",
+        "  formulas in [Scaling](../scaling.md#memory-and-communication). Those in a",
+        "  loop, as with an inner axis and dropless, are counted once.",
+        f"- Adapters: LoRA with rank {RANK}, tokens choose. Their experts are frozen.",
     ]
     for kind in KINDS:
         lines += ["", f"## {kind.capitalize()}", ""]

@@ -27,11 +27,18 @@ from keras_moe.kernels.plain import (  # noqa: F401
 from keras_moe.utils.layouts import inner_axes
 
 if hasattr(jax, "shard_map"):
-    shard_map = functools.partial(jax.shard_map, check_vma=False)
-else:  # Before JAX 0.6.1.
-    from jax.experimental.shard_map import shard_map
 
-    shard_map = functools.partial(shard_map, check_rep=False)
+    def shard_map(f, mesh, axis_names, **specs):
+        f = jax.shard_map(f, mesh=mesh, axis_names=axis_names, check_vma=False, **specs)
+        # Where a compiler splits over the other axes, it needs a compiled function.
+        return f if axis_names == set(mesh.axis_names) else jax.jit(f)
+
+else:  # Before JAX 0.6.1, which gathers what is split over the other axes.
+    from jax.experimental import shard_map as experimental
+
+    def shard_map(f, mesh, axis_names, **specs):
+        return experimental.shard_map(f, mesh, check_rep=False, **specs)
+
 
 # Rows of a group that are multiplied at once on a CPU. Large blocks, which read the
 # matrices less often, come first; those that the average group does not fill are not
@@ -42,6 +49,8 @@ BLOCKS = 1024, 512, 256, 128, 64
 # In both, the group is a batching dimension, so that a compiler that partitions groups
 # over devices knows that no row leaves its device.
 def gather_rows(x, index):
+    if 0 in x.shape[:2]:  # Old versions of JAX gather nothing from nothing.
+        return jnp.zeros((*index.shape, *x.shape[2:]), x.dtype)
     dimensions = lax.GatherDimensionNumbers(
         offset_dims=tuple(range(index.ndim, index.ndim + x.ndim - 2)),
         collapsed_slice_dims=(1,),
@@ -128,6 +137,7 @@ def grouped_dense(rows, kernel, bias, group_sizes):
     return shard_map(
         on_each_device,
         mesh=mesh,
+        axis_names={batch, *others},
         in_specs=(of_rows, of_experts, of_experts, of_rows),
         out_specs=of_rows,
     )(rows, arrays, bias, group_sizes)

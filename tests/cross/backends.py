@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -31,3 +32,32 @@ def process_environment(backend, **environment):
     path = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "cross")))
     variables = {"KERAS_BACKEND": backend, "PYTHONPATH": path, **environment}
     return {**os.environ, **variables}
+
+
+def start_python(*arguments, backend, **environment):
+    """Starts Python with the tests on its path, and returns the process."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        env=process_environment(backend, **environment),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(*arguments):
+    """Starts two processes on JAX with four devices each, and returns them.
+
+    A program gets its process number and the addresses of both as further arguments.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    variables = {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        # Threads of JAX; with fewer, sums over processes may block all of them.
+        "NPROC": "32",
+    }
+    return [
+        start_python(*arguments, i, f"{address},{address}", backend="jax", **variables)
+        for i in range(2)
+    ]

@@ -1,7 +1,12 @@
-"""Trains with a backup after each epoch: `resumable.py FOLDER EPOCHS`."""
+"""Trains with a backup after each epoch: `resumable.py FOLDER EPOCHS`.
+
+On JAX also as one of two processes with four devices each, on a mesh of two by four:
+`resumable.py FOLDER EPOCHS PROCESS ADDRESSES`.
+"""
 
 import contextlib
 import json
+import shutil
 import sys
 
 import keras
@@ -23,8 +28,9 @@ class Data(keras.utils.PyDataset):
 
     epoch = 0
 
-    def __init__(self):
+    def __init__(self, part):
         super().__init__()
+        self.part = part
         rng = np.random.default_rng(0)
         shape = (STEPS, BATCH, LENGTH, HIDDEN)
         self.x = rng.normal(size=shape).astype("float32")
@@ -36,7 +42,7 @@ class Data(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         step = np.random.default_rng(self.epoch).permutation(STEPS)[index]
-        return self.x[step], self.y[step]
+        return self.x[step][self.part], self.y[step][self.part]
 
 
 class Backup(keras.callbacks.BackupAndRestore):
@@ -80,9 +86,10 @@ def build_model():
     return model
 
 
-def train(folder, epochs):
+def train(epochs, backup, part=slice(None)):
+    """Trains, and returns all weights."""
     keras.utils.set_random_seed(0)
-    model, data = build_model(), Data()
+    model, data = build_model(), Data(part)
     model.fit(
         data,
         epochs=2 * epochs,
@@ -90,12 +97,47 @@ def train(folder, epochs):
         verbose=0,
         callbacks=[
             Epochs(data, epochs),
-            Backup(f"{folder}/backup", double_checkpoint=True),
+            Backup(backup, double_checkpoint=True),
         ],
     )
     states = [*model.weights, *model.optimizer.variables]
-    np.savez(f"{folder}/end.npz", *map(keras.ops.convert_to_numpy, states))
+    return [keras.ops.convert_to_numpy(x) for x in states]
+
+
+def train_on_mesh(epochs, backup, process, addresses):
+    """Trains as one of two processes, which continue from the backup of the first."""
+    import jax
+
+    if process > 0:
+        # Keras creates variables when it saves, which all processes must do together:
+        # each has a backup of its own. The first still waits in `initialize`.
+        backup, first = f"{backup}-{process}", backup
+        shutil.rmtree(backup, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copytree(first, backup)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    keras.distribution.initialize(addresses, 2, process)
+    mesh = keras.distribution.DeviceMesh((2, 4), ["batch", "expert"])
+    keras.distribution.set_distribution(
+        keras.distribution.ModelParallel(
+            layout_map=keras_moe.distribution.expert_layout_map(mesh),
+            batch_dim_name="batch",
+            auto_shard_dataset=False,
+        )
+    )
+    half = BATCH // 2
+    return train(epochs, backup, slice(process * half, (process + 1) * half))
+
+
+def main(folder, epochs, process="0", addresses=None):
+    epochs, process, backup = int(epochs), int(process), f"{folder}/backup"
+    if addresses is None:
+        states = train(epochs, backup)
+    else:
+        states = train_on_mesh(epochs, backup, process, addresses)
+    if process == 0:
+        np.savez(f"{folder}/end.npz", *states)
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]))
+    main(*sys.argv[1:])

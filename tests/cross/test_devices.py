@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
-from backends import BACKENDS, TESTS, run_python
+from backends import BACKENDS, TESTS, run_python, start_two
+
+KINDS = "tokens choose", "dropless", "experts choose", "bias and batch balanced"
 
 
 @pytest.fixture(scope="module")
@@ -12,8 +15,8 @@ def measured(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
     script = TESTS.parent / "benchmarks" / "devices.py"
     for backend in BACKENDS:
-        arguments = "--meshes", "2x4", "8x1", "8", "--output", folder
-        run_python(script, *arguments, backend=backend)
+        chosen = "--kinds", *KINDS, "--meshes", "2x4", "8x1", "8"
+        run_python(script, *chosen, "--output", folder, backend=backend)
     assert (folder / "devices.md").read_text().count("| 2x4 |") == 4
     return {
         backend: json.loads((folder / f"devices_{backend}.json").read_text())
@@ -102,6 +105,49 @@ def test_adapters_and_quantized_experts_on_several_devices():
     """Split over the meshes 2 x 4 and 2 x 2 x 2 with their scales, as on one device."""
     flags = "--xla_force_host_platform_device_count=8"
     run_python("-c", ADAPTED, backend="jax", XLA_FLAGS=flags)
+
+
+DATASET = """
+import sys
+import keras
+import numpy as np
+import tensorflow as tf
+import keras_moe
+
+folder, *two = sys.argv[1:]
+if two:
+    import jax
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    keras.distribution.initialize(two[1], 2, int(two[0]))
+mesh = keras.distribution.DeviceMesh(
+    (2, 4), ["batch", "expert"], keras.distribution.list_devices()[:8])
+keras.distribution.set_distribution(keras.distribution.ModelParallel(
+    layout_map=keras_moe.distribution.expert_layout_map(mesh), batch_dim_name="batch"))
+keras.utils.set_random_seed(0)
+inputs = keras.Input((16, 8))
+layer = keras_moe.MoeLayer(
+    keras_moe.FeedForwardExperts(8, 12, kernel_initializer="he_normal"),
+    keras_moe.BiasBalancedMaskedRouter(8, bias_update_rate=0.1))
+model = keras.Model(inputs, inputs + layer(inputs))
+model.compile(keras.optimizers.SGD(0.1), "mse")
+x = np.random.default_rng(0).normal(size=(24, 16, 8)).astype("float32")
+dataset = tf.data.Dataset.from_tensor_slices((x, x[:, ::-1])).batch(8)
+history = model.fit(dataset, epochs=2, verbose=0).history
+if two[:1] != ["1"]:
+    np.savez(f"{folder}/{len(two)}.npz", *history.values(), *model.get_weights())
+"""
+
+
+def test_two_processes_share_a_dataset(tmp_path):
+    """A `tf.data.Dataset` of whole batches, which Keras splits over processes (JAX)."""
+    flags = "--xla_force_host_platform_device_count=8"
+    run_python("-c", DATASET, tmp_path, backend="jax", XLA_FLAGS=flags)
+    for process in start_two("-c", DATASET, tmp_path):
+        process.communicate()
+        assert process.returncode == 0
+    one, two = (np.load(tmp_path / f"{n}.npz") for n in (0, 2))
+    for name in one.files:
+        np.testing.assert_allclose(two[name], one[name], atol=1e-5)
 
 
 FAILED_STEP = """

@@ -3,56 +3,57 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-from backends import BACKENDS, TESTS, process_environment
+from backends import BACKENDS, TESTS, start_python, start_two
 
 KILLS = int(os.environ.get("KILLS", "2"))
 # A process trains for at least one epoch before it is killed, and up to a few more.
 EPOCHS = 10 * (KILLS + 1)
+TWO = "two processes"  # On JAX.
 
 
-def start(folder, backend):
-    program = TESTS / "cross" / "resumable.py"
-    return subprocess.Popen(
-        [sys.executable, program, folder, str(EPOCHS)],
-        env=process_environment(backend),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+def start(folder, how):
+    """Starts training, and returns its processes; the first one prints its epochs."""
+    arguments = TESTS / "cross" / "resumable.py", folder, EPOCHS
+    if how == TWO:
+        return start_two(*arguments)
+    return [start_python(*arguments, backend=how)]
 
 
 def next_epoch(process):
     """Waits until a process starts an epoch, and returns the epoch."""
-    word, epoch = process.stdout.readline().split()
-    assert word == "epoch"
-    return int(epoch)
+    for line in process.stdout:  # Libraries print lines of their own.
+        if line.startswith("epoch "):
+            return int(line.split()[1])
+    raise AssertionError("The process has ended.")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_training_resumes_after_random_kills(backend, tmp_path):
+@pytest.mark.parametrize("how", [*BACKENDS, TWO])
+def test_training_resumes_after_random_kills(how, tmp_path):
     random_delay, starts, results = random.Random(0), [], {}
     for name, kills in (("whole", 0), ("killed", KILLS)):
         folder = tmp_path / name
         folder.mkdir()
         for kill in range(kills):
-            process = start(folder, backend)
-            starts.append(next_epoch(process))
-            next_epoch(process)
+            processes = start(folder, how)
+            starts.append(next_epoch(processes[0]))
+            next_epoch(processes[0])
             time.sleep(random_delay.uniform(0, 0.2))
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, "The process had already ended."
+            for process in processes:
+                process.kill()
+            for process in processes:
+                assert process.wait() == -signal.SIGKILL, "It had already ended."
             if kill == 0:
                 # Simulates a kill while Keras writes this file.
                 (folder / "backup" / "training_metadata.json").write_text("")
-        process = start(folder, backend)
-        starts.append(next_epoch(process))
-        process.communicate()
-        assert process.returncode == 0
+        processes = start(folder, how)
+        starts.append(next_epoch(processes[0]))
+        for process in processes:
+            process.communicate()
+            assert process.returncode == 0
         results[name] = np.load(folder / "end.npz")
     # The uninterrupted run and the first killed one start at 0, the others later.
     assert starts[:2] == [0, 0]
@@ -60,5 +61,5 @@ def test_training_resumes_after_random_kills(backend, tmp_path):
     whole, killed = results["whole"], results["killed"]
     assert len(whole.files) > 20
     largest = max(np.abs(killed[n] - whole[n]).max() for n in whole.files)
-    print(f"{backend}: started at epochs {starts[1:]}, largest difference {largest:g}")
+    print(f"{how}: started at epochs {starts[1:]}, largest difference {largest:g}")
     assert largest < 1e-6
