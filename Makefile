@@ -21,7 +21,7 @@ select ?= -m "not thorough"
 
 .PHONY: help demo examples test test-all test-matrix test-oldest test-newest \
 	test-version test-peers peers lint bench bench-devices bench-routers bench-hub \
-	docs dist clean
+	docs dist test-dist test-wheel clean
 
 help:
 	@echo "make demo        train, save, load and generate: examples/char_lm.py"
@@ -38,6 +38,7 @@ help:
 	@echo "make bench-hub   models of keras-hub, as they are and accelerated"
 	@echo "make docs        the documentation as a site, in site/"
 	@echo "make dist        what is released, wheel and sdist, in dist/"
+	@echo "make test-dist   the wheel in empty environments, and the tests of the sdist"
 
 demo: $(venv)/with-$(KERAS_BACKEND) $(venv)/with-plots
 	$(bin)/python examples/char_lm.py $(DEMO) $(quietly)
@@ -120,8 +121,26 @@ dist: $(venv)/with-release
 	PIP_CONSTRAINT=constraints.txt $(bin)/python -m build
 	$(bin)/python -m twine check --strict dist/*
 
+# The wheel in empty environments, with the README's example; the tests of the sdist.
+test-dist: dist
+	$(MAKE) test-wheel KERAS_BACKEND=tensorflow
+	$(MAKE) test-wheel KERAS_BACKEND=jax
+	$(MAKE) test-wheel KERAS_BACKEND=torch
+	rm -rf dist/unpacked && mkdir dist/unpacked
+	tar --extract --file dist/*.tar.gz --directory dist/unpacked --strip-components 1
+	$(MAKE) --directory dist/unpacked test
+
+test-wheel:
+	rm -rf .venv-wheel
+	$(MAKE) .venv-wheel/bin/python venv=.venv-wheel
+	.venv-wheel/bin/python -m pip install --quiet --constraint constraints.txt \
+		"$(wildcard dist/*.whl)[$(KERAS_BACKEND)]"
+	cd dist && sed -n '/^```python/,/^```/ { //!p }' ../README.md \
+		| ../.venv-wheel/bin/python -
+	rm -rf .venv-wheel dist/model.keras
+
 clean:
-	rm -rf .venv .venv-oldest .venv-newest
+	rm -rf .venv .venv-*
 
 $(bin)/python:
 	$(PYTHON) -m venv $(venv)

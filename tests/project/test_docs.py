@@ -18,6 +18,7 @@ WITHOUT_EXAMPLES = {
     "reference.md",
     "references.md",
     "tables.md",
+    "versions.md",
     "where-layers-work.md",
 }
 PAPER = re.compile(r"https://(?:arxiv\.org/abs|doi\.org)/[\w./-]*\w")
