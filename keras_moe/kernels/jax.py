@@ -261,9 +261,9 @@ def _over_blocks(update, result, group_sizes, num_rows):
         average = num_rows // len(group_sizes)
         sizes = [x for x in BLOCKS if x <= average] or [min(*sizes, num_rows)]
     for size in sizes:
-        blocks = (ends - firsts) // size
-        if size == sizes[-1]:  # With one that is not full.
-            blocks = -(-(ends - firsts) // size)
+        # The last one may be nearly full; of the smallest size it may hold any rest.
+        missing = size - 1 if size == sizes[-1] else size // 8
+        blocks = (jnp.maximum(ends - firsts, 0) + missing) // size
         result = _over_equal_blocks(
             update, result, firsts, ends, blocks, size, num_rows
         )
