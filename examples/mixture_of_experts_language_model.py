@@ -2,7 +2,7 @@
 Title: A language model with Mixture-of-Experts layers
 Author: The keras_moe project
 Date created: 2026/11/22
-Last modified: 2026/11/22
+Last modified: 2026/11/29
 Description: Replace a Transformer's feed-forward layers by experts, train, monitor the routing, save and load.
 Accelerator: None
 """
@@ -26,6 +26,10 @@ The layers are those of `keras_moe`, on TensorFlow, JAX or PyTorch.
 
 """
 ## Setup
+
+```shell
+pip install keras-moe
+```
 """
 
 import os
