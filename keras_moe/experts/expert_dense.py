@@ -239,6 +239,11 @@ class ExpertDense(AdaptableDense, keras.layers.EinsumDense):
                 "two axes and of attention. Use 'int8' or 'int4'. "
                 f"{self.path!r} has not been changed."
             )
+        if mode not in (*INTEGERS, "float8"):
+            raise ValueError(
+                "Experts are quantized with 'int8', 'int4' or 'float8'. Received: "
+                f"mode={mode!r}. {self.path!r} has not been changed."
+            )
         if self.takes_rows and mode == "float8":
             raise ValueError(
                 "Experts without a capacity cannot be quantized with 'float8', which "

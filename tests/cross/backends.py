@@ -53,7 +53,8 @@ def start_two(*arguments):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     variables = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 "
+        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
         # Threads of JAX; with fewer, sums over processes may block all of them.
         "NPROC": "32",
     }

@@ -226,6 +226,8 @@ REFUSED = {
     "float8, dropless": ("float8", None, None, "without a capacity.*'float8'"),
     "gptq": ("gptq", 2.0, GPTQ, "cannot be quantized with 'gptq'"),
     "awq": ("awq", 2.0, AWQ, "cannot be quantized with 'awq'"),
+    # Of a newer Keras, which would not multiply rows.
+    "ternary": ("ternary", None, None, "ternary"),
     "axis": (None, None, WRONG_AXIS, r"must have `axis=0`.*shape \(2, 1\)"),
 }
 
