@@ -69,8 +69,8 @@ test-oldest test-newest: test-%:
 
 # Old versions of JAX get wrong numbers from what they compiled and cached on a CPU.
 test-version: export JAX_ENABLE_COMPILATION_CACHE := false
-# Only what every version knows.
-test-version: export XLA_FLAGS := --xla_backend_optimization_level=0 \
+# For both, which time nothing; only what every version knows.
+test-version bench-devices: export XLA_FLAGS := --xla_backend_optimization_level=0 \
 	--xla_llvm_disable_expensive_passes=true
 test-version: constraints = $(if $(filter oldest,$(end)),constraints-oldest.txt)
 test-version:

@@ -32,8 +32,7 @@ def needs_keras(version, what, backend=BACKEND):
 
 
 def needs_newer(backend, version):
-    """Marks a test that a fault of a backend fails in some versions, the last of them
-    `(major, minor)`."""
+    """Marks a test that fails by a fault of a backend up to `(major, minor)`."""
     return pytest.mark.skipif(
         version >= OF_BACKEND and backend == BACKEND,
         reason=f"a fault of {backend} {version[0]}.{version[1]}",
