@@ -122,11 +122,13 @@ def build_model(kind):
         eval_capacity_factor=factor,
         name="moe",
     )
-    model = keras.Model(inputs, x + moe(x))
     if kind in ADAPTED:
+        # Before the model, which on PyTorch knows the parameters that it is built with.
+        moe.build(x.shape)
         if ADAPTED[kind]:
             moe.quantize(ADAPTED[kind])
         moe.enable_lora(RANK)
+    model = keras.Model(inputs, x + moe(x))
     model.compile(keras.optimizers.Adam(1e-3), "mse")
     return model
 

@@ -42,6 +42,16 @@ def fixed_seed():
     keras.utils.set_random_seed(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def freed_programs():
+    """Frees compiled programs, of which old versions of JAX map too much memory."""
+    yield
+    if versions.BACKEND == "jax" and versions.OF_BACKEND < (0, 5):
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
