@@ -10,14 +10,15 @@ import pytest
 from backends import BACKENDS, TESTS, start_python, start_two
 
 KILLS = int(os.environ.get("KILLS", "2"))
-# A process trains for at least one epoch before it is killed, and up to a few more.
-EPOCHS = 10 * (KILLS + 1)
 TWO = "two processes"  # On JAX.
 
 
 def start(folder, how):
     """Starts training, and returns its processes; the first one prints its epochs."""
-    arguments = TESTS / "cross" / "resumable.py", folder, EPOCHS
+    # It trains for at least one epoch before it is killed, and up to a few more; two
+    # processes take longer for an epoch.
+    epochs = (4 if how == TWO else 10) * (KILLS + 1)
+    arguments = TESTS / "cross" / "resumable.py", folder, epochs
     if how == TWO:
         return start_two(*arguments)
     return [start_python(*arguments, backend=how)]
