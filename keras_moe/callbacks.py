@@ -330,6 +330,7 @@ class BiasUpdateRateScheduler(keras.callbacks.Callback):
         self.schedule = schedule
         # At the beginning of the epoch.
         self._iterations = None
+        self._batches_per_update = 1
         self._rate = None
 
     def on_train_begin(self, logs=None):

@@ -44,6 +44,12 @@ def start_python(*arguments, backend, **environment):
     )
 
 
+def virtual_devices(number):
+    """Returns the environment variables of as many CPU devices on JAX."""
+    flags = os.environ["XLA_FLAGS"]  # Of conftest.py, for short compilation.
+    return {"XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={number}"}
+
+
 def start_two(*arguments):
     """Starts two processes on JAX with four devices each, and returns them.
 
@@ -52,12 +58,8 @@ def start_two(*arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    variables = {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4 "
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
-        # Threads of JAX; with fewer, sums over processes may block all of them.
-        "NPROC": "32",
-    }
+    # Threads of JAX; with fewer, sums over processes may block all of them.
+    variables = {"NPROC": "32", **virtual_devices(4)}
     return [
         start_python(*arguments, i, f"{address},{address}", backend="jax", **variables)
         for i in range(2)

@@ -6,6 +6,7 @@ On JAX also as one of two processes with four devices each, on a mesh of two by 
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 
@@ -130,6 +131,9 @@ def train_on_mesh(epochs, backup, process, addresses):
 
 
 def main(folder, epochs, process="0", addresses=None):
+    # Only Python prints to standard output; what Gloo prints there is in the way.
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     epochs, process, backup = int(epochs), int(process), f"{folder}/backup"
     if addresses is None:
         states = train(epochs, backup)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from backends import BACKENDS, TESTS, run_python, start_two
+from backends import BACKENDS, TESTS, run_python, start_two, virtual_devices
 
 KINDS = "tokens choose", "dropless", "experts choose", "bias and batch balanced"
 
@@ -103,8 +103,7 @@ for shape, inner_axis in ((2, 4), None), ((2, 2, 2), "inner"):
 
 def test_adapters_and_quantized_experts_on_several_devices():
     """Split over the meshes 2 x 4 and 2 x 2 x 2 with their scales, as on one device."""
-    flags = "--xla_force_host_platform_device_count=8"
-    run_python("-c", ADAPTED, backend="jax", XLA_FLAGS=flags)
+    run_python("-c", ADAPTED, backend="jax", **virtual_devices(8))
 
 
 DATASET = """
@@ -140,8 +139,7 @@ if two[:1] != ["1"]:
 
 def test_two_processes_share_a_dataset(tmp_path):
     """A `tf.data.Dataset` of whole batches, which Keras splits over processes (JAX)."""
-    flags = "--xla_force_host_platform_device_count=8"
-    run_python("-c", DATASET, tmp_path, backend="jax", XLA_FLAGS=flags)
+    run_python("-c", DATASET, tmp_path, backend="jax", **virtual_devices(8))
     for process in start_two("-c", DATASET, tmp_path):
         process.communicate()
         assert process.returncode == 0

@@ -26,9 +26,7 @@ def start(folder, how):
 
 def next_epoch(process):
     """Waits until a process starts an epoch, and returns the epoch."""
-    # The threads of Gloo print that they connect, and their line ends may come apart.
-    lines = (x for x in process.stdout if x.strip() and not x.startswith("[Gloo]"))
-    word, epoch = next(lines).split()
+    word, epoch = process.stdout.readline().split()
     assert word == "epoch"
     return int(epoch)
 

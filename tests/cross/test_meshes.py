@@ -3,7 +3,7 @@
 import importlib.util
 
 import pytest
-from backends import run_python
+from backends import run_python, virtual_devices
 
 PREAMBLE = """
 import sys
@@ -111,11 +111,8 @@ for i, mesh in enumerate(meshes):
 
 
 def run(program, *arguments):
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-        "--xla_llvm_disable_expensive_passes=true"
-    )
-    run_python("-c", PREAMBLE + program, *arguments, backend="jax", XLA_FLAGS=flags)
+    eight = virtual_devices(8)
+    run_python("-c", PREAMBLE + program, *arguments, backend="jax", **eight)
 
 
 def test_every_router_matches_one_device():
